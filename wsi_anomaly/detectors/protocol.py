@@ -1,0 +1,83 @@
+"""What a detector is. A plug-in fulfils these protocols; `wsi_anomaly.testing.DetectorContract` checks that it does."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar, Protocol, runtime_checkable
+
+import numpy as np
+from jaxtyping import Float32, Int64, UInt8, UInt64
+
+
+@dataclass(frozen=True, slots=True)
+class TileBatch:
+    """Some tiles of one or more slides, with what the earlier stages know of each."""
+
+    pixels: UInt8[np.ndarray, "tile y x rgb"]
+    seeds: UInt64[np.ndarray, " tile"]
+    """Per-tile noise: made of run seed, slide and origin, so that a score never depends on the batch."""
+    prompts: tuple[str, ...]
+    """One a tile; "" where the pipeline has no prompt stage."""
+    embeddings: Float32[np.ndarray, "tile d"] | None = None
+    keyword_scores: Float32[np.ndarray, "tile keyword"] | None = None
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+
+class TileSource(Protocol):
+    """The readable tiles of many slides with random access. Reads only what is asked for, so it may be larger than memory."""
+
+    @property
+    def groups(self) -> Int64[np.ndarray, " tile"]:
+        """Tiles with the same number lie together (one slide, or one block of a slide).
+
+        Whoever splits tiles keeps groups whole, so that neighbours never stand on both sides.
+        """
+
+    def __len__(self) -> int:
+        """How many tiles there are."""
+
+    def read(self, indices: Int64[np.ndarray, " tile"]) -> TileBatch:
+        """The tiles at these positions, in this order."""
+
+
+class Scorer(Protocol):
+    """A trained detector."""
+
+    def score(self, batch: TileBatch) -> Float32[np.ndarray, "tile score"]:
+        """One column for each of the detector's `score_names`. Higher scores are more abnormal."""
+
+
+class Detector(Protocol):
+    """A way to find anomalies, not yet trained. Its fields are its options."""
+
+    score_names: ClassVar[tuple[str, ...]]
+
+    def fit(self, tiles: TileSource, checkpoint: Path, *, device: str) -> None:
+        """Learn normal tissue from `tiles` and leave the weights in the folder `checkpoint`.
+
+        Called again on the folder of an unfinished fit, it goes on from there and ends with the same weights.
+        """
+
+    def load(self, checkpoint: Path, *, device: str) -> Scorer:
+        """The scorer whose weights `fit` left in `checkpoint`.
+
+        Raises:
+            ModelError: weights are missing, damaged or of another architecture.
+        """
+
+
+@runtime_checkable
+class Reconstructor(Protocol):
+    """A scorer that can also show what it believes normal tissue would look like."""
+
+    def reconstruct(self, batch: TileBatch) -> UInt8[np.ndarray, "tile y x rgb"]:
+        """Each tile as the model rebuilds it."""
+
+
+@runtime_checkable
+class Localizer(Protocol):
+    """A scorer that can also say where in the tile."""
+
+    def score_map(self, batch: TileBatch) -> Float32[np.ndarray, "tile y x"]:
+        """The anomaly of each pixel; its mean over a tile is the detector's first score where that is an error."""

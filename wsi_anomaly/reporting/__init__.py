@@ -1,0 +1,1 @@
+"""What people and other programs look at: pictures and QuPath files, made from arrays."""

@@ -1,0 +1,1 @@
+"""One file a step. A stage reads named outputs and writes one; it never imports another stage."""

@@ -1,0 +1,1 @@
+"""What lies on disk: where it lies, what it means, and that it is whole."""
