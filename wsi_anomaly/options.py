@@ -57,11 +57,7 @@ def _known_keys(options_class: type[Options], path: list[str]) -> list[str]:
     """The keys of the (possibly nested) options class that `path` leads to."""
     for part in path:
         field = options_class.model_fields.get(part)
-        if (
-            field is None
-            or not isinstance(field.annotation, type)
-            or not issubclass(field.annotation, Options)
-        ):
+        if field is None or not isinstance(field.annotation, type) or not issubclass(field.annotation, Options):
             break
         options_class = field.annotation
     return list(options_class.model_fields)

@@ -36,6 +36,4 @@ def load_plugin(group: str, name: str) -> Any:  # noqa: ANN401 - the group decid
             f"Install it: pip install {error.name}"
         ) from error
     except AttributeError as error:
-        raise PluginError(
-            f"the {kind} '{name}' is registered as {entry.value}, which does not exist"
-        ) from error
+        raise PluginError(f"the {kind} '{name}' is registered as {entry.value}, which does not exist") from error
