@@ -1,0 +1,144 @@
+"""Where work runs: here, in other processes or on a dask cluster, all behind `concurrent.futures.Executor`.
+
+Knows functions and their arguments; knows no slide, stage or file.
+"""
+
+import contextlib
+import logging
+import logging.handlers
+import multiprocessing
+import os
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far one stage is with one slide."""
+
+    stage: str
+    slide_id: str
+    tiles_done: int = 0
+    tiles_total: int = 0
+    """0 where nobody knows."""
+    finished: bool = False
+    """Whether the stage is done with this slide."""
+
+
+class Listener(Protocol):
+    """Whoever wants to know how far the work is."""
+
+    def __call__(self, progress: Progress) -> None:
+        """Called often, from one thread at a time."""
+
+
+@dataclass(frozen=True, slots=True)
+class Resources:
+    """What may be used. Nothing here changes a result."""
+
+    device: str = "auto"
+    workers: int = 0
+    """Threads and processes that read slides; 0 means as many as there are cores."""
+    batch_size: int = 32
+
+    @property
+    def cores(self) -> int:
+        """How many things may be read at once."""
+        if self.workers:
+            return self.workers
+        # A container or a batch system often grants fewer cores than the machine has.
+        return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+class SerialExecutor(Executor):
+    """Runs each call where and when it is submitted: the shortest call chain, and nothing to start."""
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:  # noqa: ANN401
+        """The finished future of a call."""
+        future: Future[Any] = Future()
+        try:
+            future.set_result(fn(*args, **kwargs))
+        except Exception as error:  # noqa: BLE001 - a future hands on whatever its call raised
+            future.set_exception(error)
+        return future
+
+
+def in_order(
+    executor: Executor, function: Callable[[Item], Result], items: Iterable[Item], *, ahead: int
+) -> Iterator[tuple[Item, Future[Result]]]:
+    """The futures of calls in the order of `items`, at most `ahead` of them not yet taken.
+
+    `Executor.map` would start all calls at once and keep every result that nobody has taken.
+    """
+    waiting: deque[tuple[Item, Future[Result]]] = deque()
+    for item in items:
+        waiting.append((item, executor.submit(function, item)))
+        if len(waiting) > ahead:
+            yield waiting.popleft()
+    yield from waiting
+
+
+def read_ahead(function: Callable[[Item], Result], items: Iterable[Item], *, threads: int) -> Iterator[Result]:
+    """`map` over threads, in order, where only a few results wait to be taken."""
+    with ThreadPoolExecutor(threads) as executor:
+        for _, future in in_order(executor, function, items, ahead=2 * threads):
+            yield future.result()
+
+
+@contextlib.contextmanager
+def processes(count: int, listener: Listener) -> Iterator[Executor]:
+    """An executor with `count` processes (none for 1) whose log and `report`s arrive here."""
+    if count == 1:
+        _here.listener = listener
+        yield SerialExecutor()
+        return
+    context = multiprocessing.get_context("spawn")  # forking a process with threads may deadlock
+    channel = context.Queue()
+    thread = threading.Thread(target=_forward, args=(channel, listener), daemon=True)
+    thread.start()
+    level = logging.getLogger().getEffectiveLevel()
+    try:
+        with ProcessPoolExecutor(count, mp_context=context, initializer=_connect, initargs=(channel, level)) as pool:
+            yield pool
+    finally:
+        channel.put(None)
+        thread.join()
+        channel.close()
+
+
+def report(progress: Progress) -> None:
+    """Tell the listener of the process that started the work how far it is."""
+    if _here.listener is not None:
+        _here.listener(progress)
+
+
+class _Here:
+    """To whom this process reports."""
+
+    listener: Listener | None = None
+
+
+_here = _Here()
+
+
+def _connect(channel: Any, level: int) -> None:  # noqa: ANN401 - multiprocessing names no queue type
+    """In a new process: send log records and progress through the channel."""
+    _here.listener = channel.put
+    root = logging.getLogger()
+    root.setLevel(level)
+    root.handlers = [logging.handlers.QueueHandler(channel)]
+
+
+def _forward(channel: Any, listener: Listener) -> None:  # noqa: ANN401
+    while (message := channel.get()) is not None:
+        if isinstance(message, logging.LogRecord):
+            logging.getLogger(message.name).handle(message)
+        else:
+            listener(message)

@@ -1,0 +1,58 @@
+"""Score stores: what a detector says of each tile of a slide, in the order of the tile store."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import zarr
+from jaxtyping import Bool, Float32, Shaped, UInt8
+
+from wsi_anomaly.storage.arrays import COMPRESSOR, ShardedArray, open_arrays, read_array
+
+
+class ScoreWriter:
+    """Fills a new store batch by batch. Tiles without pixels get NaN scores, NaN maps and black reconstructions."""
+
+    def __init__(self, path: Path, *, tiles: int, tile_px: int, maps: bool, reconstructions: bool) -> None:
+        self._group = zarr.create_group(path)
+        self._scores: list[Float32[np.ndarray, "tile score"]] = []
+        side = (tile_px, tile_px)
+        self._maps = ShardedArray(self._group, "maps", (tiles, *side), "float16") if maps else None
+        self._reconstructions = (
+            ShardedArray(self._group, "reconstructions", (tiles, *side, 3), "uint8") if reconstructions else None
+        )
+
+    def append(
+        self,
+        readable: Bool[np.ndarray, " tile"],
+        scores: Float32[np.ndarray, "readable score"],
+        maps: Float32[np.ndarray, "readable y x"] | None,
+        reconstructions: UInt8[np.ndarray, "readable y x rgb"] | None,
+    ) -> None:
+        """The next `len(readable)` tiles; the other arrays hold only those that are readable."""
+        self._scores.append(_spread(scores, readable, np.nan))
+        if self._maps is not None and maps is not None:
+            self._maps.append(_spread(maps.astype(np.float16), readable, np.nan))
+        if self._reconstructions is not None and reconstructions is not None:
+            self._reconstructions.append(_spread(reconstructions, readable, 0))
+
+    def close(self, attributes: Mapping[str, Any]) -> None:
+        """Write the scores, and what is known only at the end."""
+        self._group.create_array("scores", data=np.concatenate(self._scores), compressors=COMPRESSOR)
+        self._group.attrs.update(dict(attributes))
+
+
+def read_scores(path: Path) -> tuple[Float32[np.ndarray, "tile score"], tuple[str, ...]]:
+    """The scores of a slide, NaN for unreadable tiles, and their names."""
+    return read_array(path, "scores"), tuple(open_arrays(path).attrs["score_names"])  # type: ignore[arg-type]
+
+
+def _spread(
+    values: Shaped[np.ndarray, "readable ..."], readable: Bool[np.ndarray, " tile"], missing: float
+) -> Shaped[np.ndarray, "tile ..."]:
+    if readable.all():
+        return values
+    out = np.full((len(readable), *values.shape[1:]), missing, values.dtype)
+    out[readable] = values
+    return out
