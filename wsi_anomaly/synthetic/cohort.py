@@ -1,0 +1,87 @@
+"""Write one made-up slide or a folder of them with labels and outlines: what the demo and the tests start from."""
+
+import csv
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import cycle, islice
+from pathlib import Path
+
+import numpy as np
+
+from wsi_anomaly.synthetic.anatomy import draw_anatomy
+from wsi_anomaly.synthetic.anomalies import Anomaly, AnomalyKind, write_annotations
+from wsi_anomaly.synthetic.painting import painted_tiles
+from wsi_anomaly.synthetic.pyramid import write_pyramid_from_tiles
+
+_SICK: tuple[tuple[AnomalyKind, ...], ...] = (("metastasis",), ("necrosis",), ("metastasis", "necrosis"))
+
+
+@dataclass(frozen=True, slots=True)
+class Cohort:
+    """Where `write_cohort` left what it wrote."""
+
+    normal_slides: tuple[Path, ...]
+    """To learn from."""
+    test_slides: tuple[Path, ...]
+    """Normal ones first, then those with anomalies."""
+    annotations: Path
+    """A folder with `<slide_id>.geojson` for each test slide that has anomalies."""
+    labels: Path
+    """A CSV of test slides: `slide_id,label`, the label is `normal` or `abnormal`."""
+
+
+def write_slide(
+    path: Path,
+    *,
+    seed: int,
+    size_px: tuple[int, int] = (4096, 4096),
+    mpp: float = 0.5,
+    anomalies: Sequence[AnomalyKind] = (),
+) -> tuple[Anomaly, ...]:
+    """Write one slide of a lymph node, and say which anomalies were planted where.
+
+    The same seed gives the same bytes. Cells are drawn for 0.5 µm a pixel; `mpp` is only what the file says.
+    """
+    tissue, paint = np.random.default_rng(seed).spawn(2)
+    crowding = tissue.uniform(0.94, 1.0)
+    anatomy = draw_anatomy(tissue, size_px, anomalies)
+    tiles = painted_tiles(paint, anatomy, size_px=size_px, crowding=crowding)
+    write_pyramid_from_tiles(path, tiles, size_px=size_px, mpp=mpp)
+    return anatomy.anomalies
+
+
+def write_cohort(
+    folder: Path,
+    *,
+    seed: int = 0,
+    size_px: tuple[int, int] = (4096, 4096),
+    normal_slides: int = 4,
+    normal_test_slides: int = 2,
+    abnormal_test_slides: int = 2,
+) -> Cohort:
+    """Write slides to learn from and slides to test on, with the labels and outlines of the latter.
+
+    Leaves `normal/`, `test/`, `annotations/` and `labels.csv` in `folder`. Abnormal slides have, in turn, a metastasis,
+    a necrosis, both.
+    """
+    for name in ("normal", "test", "annotations"):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+    normal = [folder / "normal" / f"normal_{number:02}.tif" for number in range(1, normal_slides + 1)]
+    test = [
+        folder / "test" / f"test_{number:02}.tif" for number in range(1, normal_test_slides + abnormal_test_slides + 1)
+    ]
+    sick = [()] * (normal_slides + normal_test_slides) + list(islice(cycle(_SICK), abnormal_test_slides))
+    for number, (path, kinds) in enumerate(zip(normal + test, sick, strict=True)):
+        planted = write_slide(path, seed=1000 * seed + number, size_px=size_px, anomalies=kinds)
+        if planted:
+            write_annotations(folder / "annotations" / f"{path.stem}.geojson", planted)
+    labels = folder / "labels.csv"
+    _write_labels(labels, test, ["normal"] * normal_test_slides + ["abnormal"] * abnormal_test_slides)
+    return Cohort(tuple(normal), tuple(test), folder / "annotations", labels)
+
+
+def _write_labels(path: Path, slides: Sequence[Path], labels: Sequence[str]) -> None:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["slide_id", "label"])
+        writer.writerows((slide.stem, label) for slide, label in zip(slides, labels, strict=True))
