@@ -229,16 +229,16 @@ def test_all_faulty_rows_are_listed_at_once_by_row_number(tmp_path: Path) -> Non
     )
     assert message(path).splitlines() == [
         "cohort.csv has faults; mend them and run again:",
-        "  row 4: mpp 'fine' is no number above 0, such as 0.25",
+        "  row 4: mpp 'fine' is no size of a pixel; give microns per pixel from 0.01 to 100, such as 0.25",
         "  row 5: split 'training' is none of train, reference, test",
         "  row 6: slide_id 'ONE' is the one of row 2",
         "  row 7: path 'missing.svs' is no file",
         "  row 7: mask 'mask.png' is no file",
-        "  row 7: mpp '-1' is no number above 0, such as 0.25",
+        "  row 7: mpp '-1' is no size of a pixel; give microns per pixel from 0.01 to 100, such as 0.25",
         "  row 8: path is empty",
         "  row 9: slide_id 'si/x' is no name for a folder; use 'si_x'",
         "  row 10: 6 cells in 5 columns",
-        "  row 11: mpp 'inf' is no number above 0, such as 0.25",
+        "  row 11: mpp 'inf' is no size of a pixel; give microns per pixel from 0.01 to 100, such as 0.25",
     ]
 
 
@@ -301,7 +301,7 @@ def test_the_default_mpp_is_for_slides_without_their_own(tmp_path: Path) -> None
 @pytest.mark.parametrize("mpp", [0.0, -1.0, float("nan")])
 def test_a_default_mpp_that_is_no_length_is_refused(tmp_path: Path, mpp: float) -> None:
     """Before any slide is looked for."""
-    with pytest.raises(CohortError, match="microns per pixel above 0"):
+    with pytest.raises(CohortError, match="microns per pixel from 0.01 to 100"):
         read_cohort([tmp_path], mpp=mpp)
 
 

@@ -28,6 +28,8 @@ Split = Literal["train", "reference", "test"]
 
 _log = logging.getLogger(__name__)
 _CSV_SUFFIXES = (".csv", ".tsv")
+_MPP_RANGE = (0.01, 100.0)
+_PIXEL_SIZES = "microns per pixel from 0.01 to 100, such as 0.25"
 _NOT_IN_A_FOLDER_NAME = re.compile(r'[/\\:<>"|?*\x00-\x1f\x7f-\x9f]')
 
 
@@ -56,8 +58,8 @@ def read_cohort(sources: Sequence[Path], *, mpp: float | None = None) -> tuple[C
     Raises:
         CohortError: a source does not exist, a folder holds no slide, or a table has faulty rows (all are listed).
     """
-    if mpp is not None and not _is_length(mpp):
-        raise CohortError(f"mpp {mpp} is no size of a pixel: give microns per pixel above 0, such as 0.25")
+    if mpp is not None and not _is_pixel_size(mpp):
+        raise CohortError(f"mpp {mpp:g} is no size of a pixel: give {_PIXEL_SIZES}")
     listed: list[CohortSlide] = []
     found: list[Path] = []
     for source in sources:
@@ -197,8 +199,9 @@ def _folder_name(text: str) -> str:
     return _NOT_IN_A_FOLDER_NAME.sub("_", text).lstrip(". ").rstrip(". ") or "slide"
 
 
-def _is_length(value: float) -> bool:
-    return math.isfinite(value) and value > 0
+def _is_pixel_size(mpp: float) -> bool:
+    low, high = _MPP_RANGE
+    return math.isfinite(mpp) and low <= mpp <= high
 
 
 def _read_table(table: Path) -> list[CohortSlide]:
@@ -267,8 +270,8 @@ def _row_faults(row: dict[str, str], folder: Path) -> list[str]:
         faults.append("path is empty")
     if row["slide_id"] and row["slide_id"] != _folder_name(row["slide_id"]):
         faults.append(f"slide_id '{row['slide_id']}' is no name for a folder; use '{_folder_name(row['slide_id'])}'")
-    if row["mpp"] and not _is_length(_number(row["mpp"])):
-        faults.append(f"mpp '{row['mpp']}' is no number above 0, such as 0.25")
+    if row["mpp"] and not _is_pixel_size(_number(row["mpp"])):
+        faults.append(f"mpp '{row['mpp']}' is no size of a pixel; give {_PIXEL_SIZES}")
     if row["split"] and row["split"] not in get_args(Split):
         faults.append(f"split '{row['split']}' is none of {', '.join(get_args(Split))}")
     return faults

@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -32,11 +32,8 @@ class Progress:
     """Whether the stage is done with this slide."""
 
 
-class Listener(Protocol):
-    """Whoever wants to know how far the work is."""
-
-    def __call__(self, progress: Progress) -> None:
-        """Called often, from one thread at a time."""
+Listener = Callable[[Progress], None]
+"""Whoever wants to know how far the work is. Called often, and from several threads."""
 
 
 @dataclass(frozen=True, slots=True)

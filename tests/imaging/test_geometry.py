@@ -8,7 +8,7 @@ from wsi_anomaly.imaging.geometry import Grid, area_fraction
 
 def grid_over(bounds: tuple[int, int, int, int], *, mpp: float = 0.25, stride_px: int = 256) -> Grid:
     """A grid of 256 px tiles at 0.5 µm/px."""
-    return Grid.over(bounds, slide_mpp=(mpp, mpp), tile_mpp=0.5, tile_px=256, stride_px=stride_px)
+    return Grid.over(bounds, downsample=(0.5 / mpp, 0.5 / mpp), tile_px=256, stride_px=stride_px)
 
 
 def test_the_grid_begins_at_the_bounds_and_covers_them() -> None:

@@ -14,11 +14,10 @@ def make_store(path: Path, count: int, *, tile_px: int = 4) -> TileStore:
         cells=np.column_stack([np.zeros(count), np.arange(count)]).astype(np.int32),
         tissue_fraction=np.linspace(0.5, 1, count, dtype=np.float32),
     )
-    writer = TileWriter(path, places, tile_px=tile_px, attributes={"slide_id": "a"})
-    for index in range(count):
-        status = TileStatus.CORRUPT if index == 1 else TileStatus.OK
-        writer.append(np.full((tile_px, tile_px, 3), index % 251, np.uint8), status)
-    writer.close()
+    with TileWriter(path, places, tile_px=tile_px, attributes={"slide_id": "a"}) as writer:
+        for index in range(count):
+            status = TileStatus.CORRUPT if index == 1 else TileStatus.OK
+            writer.append(np.full((tile_px, tile_px, 3), index % 251, np.uint8), status)
     return TileStore(path)
 
 

@@ -24,6 +24,7 @@ class TileBatch:
         return len(self.pixels)
 
 
+@runtime_checkable
 class TileSource(Protocol):
     """The readable tiles of many slides with random access. Reads only what is asked for, so it may be larger than memory."""
 
@@ -41,6 +42,7 @@ class TileSource(Protocol):
         """The tiles at these positions, in this order."""
 
 
+@runtime_checkable
 class Scorer(Protocol):
     """A trained detector."""
 
@@ -48,6 +50,7 @@ class Scorer(Protocol):
         """One column for each of the detector's `score_names`. Higher scores are more abnormal."""
 
 
+@runtime_checkable
 class Detector(Protocol):
     """A way to find anomalies, not yet trained. Its fields are its options."""
 

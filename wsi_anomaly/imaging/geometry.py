@@ -23,14 +23,15 @@ class Grid:
         cls,
         bounds_level0_px: tuple[int, int, int, int],
         *,
-        slide_mpp: tuple[float, float],
-        tile_mpp: float,
+        downsample: tuple[float, float],
         tile_px: int,
         stride_px: int,
     ) -> "Grid":
-        """The grid that covers the bounds (x, y, width, height); the last row and column may overhang them."""
+        """The grid that covers the bounds (x, y, width, height); the last row and column may overhang them.
+
+        `downsample`: level-0 pixels for one pixel of a tile, along x and y.
+        """
         x, y, width, height = bounds_level0_px
-        downsample = (tile_mpp / slide_mpp[0], tile_mpp / slide_mpp[1])
         stride = (stride_px * downsample[0], stride_px * downsample[1])
         return cls(
             origin_level0_px=(x, y),

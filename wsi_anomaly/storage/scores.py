@@ -14,14 +14,24 @@ from wsi_anomaly.storage.arrays import COMPRESSOR, ShardedArray, open_arrays, re
 class ScoreWriter:
     """Fills a new store batch by batch. Tiles without pixels get NaN scores, NaN maps and black reconstructions."""
 
-    def __init__(self, path: Path, *, tiles: int, tile_px: int, maps: bool, reconstructions: bool) -> None:
-        self._group = zarr.create_group(path)
+    def __init__(
+        self,
+        path: Path,
+        *,
+        tiles: int,
+        tile_px: int,
+        attributes: Mapping[str, Any],
+        maps: bool,
+        reconstructions: bool,
+    ) -> None:
+        self._group = zarr.create_group(path, attributes=dict(attributes))
         self._scores: list[Float32[np.ndarray, "tile score"]] = []
         side = (tile_px, tile_px)
         self._maps = ShardedArray(self._group, "maps", (tiles, *side), "float16") if maps else None
         self._reconstructions = (
             ShardedArray(self._group, "reconstructions", (tiles, *side, 3), "uint8") if reconstructions else None
         )
+        self.tiles_done = 0
 
     def append(
         self,
@@ -32,20 +42,39 @@ class ScoreWriter:
     ) -> None:
         """The next `len(readable)` tiles; the other arrays hold only those that are readable."""
         self._scores.append(_spread(scores, readable, np.nan))
-        if self._maps is not None and maps is not None:
-            self._maps.append(_spread(maps.astype(np.float16), readable, np.nan))
-        if self._reconstructions is not None and reconstructions is not None:
-            self._reconstructions.append(_spread(reconstructions, readable, 0))
+        if self._maps is not None:
+            self._maps.append(_spread_or_fill(self._maps, maps, readable, np.nan))
+        if self._reconstructions is not None:
+            self._reconstructions.append(_spread_or_fill(self._reconstructions, reconstructions, readable, 0))
+        self.tiles_done += len(readable)
 
-    def close(self, attributes: Mapping[str, Any]) -> None:
-        """Write the scores, and what is known only at the end."""
-        self._group.create_array("scores", data=np.concatenate(self._scores), compressors=COMPRESSOR)
-        self._group.attrs.update(dict(attributes))
+    def __enter__(self) -> "ScoreWriter":  # noqa: PYI034 - the type checker of the tests cannot check Self
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        """Write the rest, and what is known only at the end; nothing more after an error."""
+        for array in (self._maps, self._reconstructions):
+            if array is not None:
+                array.close() if kind is None else array.abandon()
+        if kind is None:
+            self._group.create_array("scores", data=np.concatenate(self._scores), compressors=COMPRESSOR)
 
 
 def read_scores(path: Path) -> tuple[Float32[np.ndarray, "tile score"], tuple[str, ...]]:
     """The scores of a slide, NaN for unreadable tiles, and their names."""
     return read_array(path, "scores"), tuple(open_arrays(path).attrs["score_names"])  # type: ignore[arg-type]
+
+
+def _spread_or_fill(
+    array: ShardedArray,
+    values: Shaped[np.ndarray, "readable ..."] | None,
+    readable: Bool[np.ndarray, " tile"],
+    missing: float,
+) -> Shaped[np.ndarray, "tile ..."]:
+    """`values` in their places; a batch without any readable tile has none."""
+    if values is None:
+        return np.full((len(readable), *array.item_shape), missing, array.dtype)
+    return _spread(values.astype(array.dtype), readable, missing)
 
 
 def _spread(

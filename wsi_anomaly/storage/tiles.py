@@ -63,8 +63,15 @@ class TileWriter:
         self._pixels.append(pixels[None])
         self._status.append(status)
 
-    def close(self) -> None:
-        """Write what is known only at the end."""
+    def __enter__(self) -> "TileWriter":  # noqa: PYI034 - the type checker of the tests cannot check Self
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        """Write the rest, and what is known only at the end; nothing more after an error."""
+        if kind is not None:
+            self._pixels.abandon()
+            return
+        self._pixels.close()
         self._group.create_array("status", data=np.array(self._status, np.uint8), compressors=COMPRESSOR)
 
 

@@ -1,0 +1,100 @@
+"""Peak memory of the stage `tile` on a made-up slide of 100,000 x 100,000 px, and on one a quarter the size.
+
+    python benchmarks/memory.py [--side PX] [--folder FOLDER]
+
+Each stage runs in a process of its own, whose peak resident memory the operating system tells. The slide is tissue
+throughout (one painted field, repeated), at 0.25 µm/px, so that every tile is read, resampled and stored.
+"""
+
+import argparse
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import openslide
+from rich.console import Console
+from rich.table import Table
+
+from wsi_anomaly.synthetic import write_pyramid_from_tiles, write_slide
+
+FIELD_PX = 2048
+TILE_PX = 256
+
+
+def main() -> None:
+    """Print the peak of each stage for both slides."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--side", type=int, default=100_000)
+    parser.add_argument("--folder", type=Path)
+    parser.add_argument("--stage", choices=("mask", "tile"), help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.stage:
+        run_stage(arguments.stage, arguments.folder)
+        return
+    with tempfile.TemporaryDirectory(dir=arguments.folder) as scratch:
+        compare(Path(scratch), arguments.side)
+
+
+def compare(scratch: Path, side_px: int) -> None:
+    """Write both slides, run both stages on each, print the table."""
+    field = tissue_field(scratch)
+    table = Table("slide", "file", "tiles", "mask, MiB", "tile, MiB", "tile, s")
+    for side in (side_px // 2, side_px):
+        folder = scratch / str(side)
+        folder.mkdir()
+        write_pyramid_from_tiles(folder / "slide.tif", repeated(field, side), size_px=(side, side), mpp=0.25)
+        peaks, seconds = zip(*(measured(stage, folder) for stage in ("mask", "tile")), strict=True)
+        size = f"{(folder / 'slide.tif').stat().st_size / 2**30:.2f} GiB"
+        tiles = (folder / "tiles").read_text()
+        table.add_row(f"{side:,} px", size, tiles, f"{peaks[0]:.0f}", f"{peaks[1]:.0f}", f"{seconds[1]:.0f}")
+    Console().print(table)
+
+
+def tissue_field(scratch: Path) -> np.ndarray:
+    """A square of made-up lymph node without glass."""
+    write_slide(scratch / "field.tif", seed=1, size_px=(2 * FIELD_PX, 2 * FIELD_PX))
+    with openslide.OpenSlide(scratch / "field.tif") as slide:
+        region = slide.read_region((FIELD_PX // 2, FIELD_PX // 2), 0, (FIELD_PX, FIELD_PX))
+    return np.asarray(region.convert("RGB"))
+
+
+def repeated(field: np.ndarray, side_px: int) -> Iterator[np.ndarray]:
+    """The tiles of a slide that repeats one field."""
+    for row in range(0, side_px, TILE_PX):
+        for column in range(0, side_px, TILE_PX):
+            y, x = row % FIELD_PX, column % FIELD_PX
+            yield field[y : y + min(TILE_PX, side_px - row), x : x + min(TILE_PX, side_px - column)]
+
+
+def measured(stage: str, folder: Path) -> tuple[float, float]:
+    """Peak MiB and seconds of a stage in a process of its own."""
+    started = time.perf_counter()
+    command = [sys.executable, __file__, "--stage", stage, "--folder", str(folder)]
+    peak_kib = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    return int(peak_kib) / 1024, time.perf_counter() - started
+
+
+def run_stage(stage: str, folder: Path) -> None:
+    """In the other process: run one stage and print the peak, in KiB."""
+    from wsi_anomaly.cohort import CohortSlide
+    from wsi_anomaly.imaging.tissue import TissueOptions
+    from wsi_anomaly.stages.mask import mask_slide
+    from wsi_anomaly.stages.tile import TileOptions, tile_slide
+    from wsi_anomaly.storage.layout import SlideFolder
+
+    slide, outputs = CohortSlide("slide", folder / "slide.tif"), SlideFolder(folder / "slides" / "slide")
+    if stage == "mask":
+        mask_slide(slide, outputs, TissueOptions())
+    else:
+        record = tile_slide(slide, outputs, TileOptions(), threads=2)
+        (folder / "tiles").write_text(f"{record.facts['tiles']:,}")
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,105 @@
+"""Tiling throughput: the stage `tile` against the same reads done by bare OpenSlide in as many threads.
+
+    python benchmarks/tiling.py [SLIDE] [--threads N] [--repeats N]
+
+Bare means no mask, no resampling, no status, no store: `read_region` alone, at the same places and level, thrown away.
+Without a slide, one is made (8,192 px at 0.5 µm/px, and the same declared 0.25 µm/px, which must be resampled).
+The two take turns, and the ratio is that of their medians, so that the machine's load touches both alike.
+"""
+
+import argparse
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import openslide
+from rich.console import Console
+from rich.table import Table
+
+from wsi_anomaly.cohort import CohortSlide
+from wsi_anomaly.imaging.tissue import TissueOptions
+from wsi_anomaly.stages.mask import mask_slide
+from wsi_anomaly.stages.tile import TileOptions, tile_slide
+from wsi_anomaly.storage.layout import SlideFolder
+from wsi_anomaly.storage.record import remove
+from wsi_anomaly.storage.tiles import TileStore
+from wsi_anomaly.synthetic import write_slide
+
+
+def main() -> None:
+    """Print tiles per second of both, and their ratio."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("slide", nargs="?", type=Path)
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--repeats", type=int, default=5)
+    arguments = parser.parse_args()
+    table = Table("slide", "tiles", "threads", "tile, tiles/s", "bare OpenSlide, tiles/s", "ratio")
+    with tempfile.TemporaryDirectory() as scratch:
+        slides = [arguments.slide] if arguments.slide else made_slides(Path(scratch))
+        for slide in slides:
+            table.add_row(*compare(slide, Path(scratch), threads=arguments.threads, repeats=arguments.repeats))
+    Console().print(table)
+
+
+def made_slides(folder: Path) -> list[Path]:
+    """One slide whose level 0 has the mpp of the tiles, and one that must be resampled."""
+    for mpp in (0.5, 0.25):
+        write_slide(folder / f"mpp_{mpp}.tif", seed=1, size_px=(8192, 8192), mpp=mpp)
+    return sorted(folder.glob("*.tif"), reverse=True)
+
+
+def compare(path: Path, scratch: Path, *, threads: int, repeats: int) -> list[str]:
+    """A row of the table."""
+    slide = CohortSlide(path.stem, path)
+    folder = SlideFolder(scratch / "slides" / path.stem)
+    mask_slide(slide, folder, TissueOptions())
+    tile_slide(slide, folder, TileOptions(), threads=threads)
+    store = TileStore(folder.tiles)
+    bare = reads_of(path, store)
+
+    def tile() -> None:
+        remove(folder.root / "records" / "tile.json")
+        tile_slide(slide, folder, TileOptions(), threads=threads)
+
+    def read() -> None:
+        with openslide.OpenSlide(path) as opened, ThreadPoolExecutor(threads) as pool:
+            list(pool.map(lambda place: opened.read_region(*place) and None, bare))
+
+    ours, theirs = alternate(tile, read, repeats)
+    rates = [len(store) / ours, len(store) / theirs]
+    return [
+        path.name,
+        str(len(store)),
+        str(threads),
+        f"{rates[0]:.0f}",
+        f"{rates[1]:.0f}",
+        f"{rates[0] / rates[1]:.2f}",
+    ]
+
+
+def reads_of(path: Path, store: TileStore) -> list[tuple[tuple[int, int], int, tuple[int, int]]]:
+    """What `read_region` is asked for: the same level, and as many of its pixels as the tile covers."""
+    level = store.attributes["read_recipe"]["level"]
+    with openslide.OpenSlide(path) as opened:
+        downsample = opened.level_downsamples[level]
+    width, height = (round(side / downsample) for side in store.grid.footprint_level0_px)
+    return [((x, y), level, (width, height)) for x, y in store.places.origins.tolist()]
+
+
+def alternate(ours: Callable[[], None], theirs: Callable[[], None], repeats: int) -> tuple[float, float]:
+    """Median seconds of both."""
+    seconds: tuple[list[float], list[float]] = ([], [])
+    for _ in range(repeats):
+        for call, taken in zip((ours, theirs), seconds, strict=True):
+            started = time.perf_counter()
+            call()
+            taken.append(time.perf_counter() - started)
+    return statistics.median(seconds[0]), statistics.median(seconds[1])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,235 @@
+"""What a user types and what comes back: messages, tables, exit status."""
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tifffile
+from typer.testing import CliRunner
+
+from wsi_anomaly import __version__
+from wsi_anomaly.cli.app import app, main
+from wsi_anomaly.synthetic import write_slide
+
+PIPELINE = """
+name = "tiny"
+[tiles]
+tile_px = 64
+stride_px = 64
+[detector]
+name = "autoencoder"
+channels = [8, 8]
+[detector.training]
+max_epochs = 1
+"""
+
+
+def command(*arguments: object) -> tuple[int, str, str]:
+    """Exit status, standard output and standard error of a command, as `main` would leave it."""
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    if result.exception and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result.exit_code, result.stdout, result.stderr
+
+
+@pytest.fixture(scope="module")
+def slides(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with one slide."""
+    folder = tmp_path_factory.mktemp("slides")
+    write_slide(folder / "node.tif", seed=1, size_px=(1024, 1024))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def workplace(slides: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder where a model has been fitted, in `model`."""
+    folder = tmp_path_factory.mktemp("work")
+    (folder / "tiny.toml").write_text(PIPELINE)
+    status, out, _ = command("fit", slides, "-o", folder / "model", "-p", folder / "tiny.toml", "--workers", 1)
+    assert status == 0
+    assert "Next: wsi-anomaly run" in out
+    return folder
+
+
+def test_every_stage_alone_ends_where_a_run_ends(slides: Path, workplace: Path, tmp_path: Path) -> None:
+    """Mask, tile, score, heatmap, export give the bytes of `run`."""
+    pipeline = workplace / "model" / "pipeline.toml"
+    alone, whole = tmp_path / "alone", tmp_path / "whole"
+    for arguments in (
+        ("mask", slides, "-o", alone, "-p", pipeline),
+        ("tile", slides, "-o", alone, "-p", pipeline),
+        ("score", alone, "-m", workplace / "model"),
+        ("heatmap", alone, "-m", workplace / "model"),
+        ("export", alone),
+    ):
+        assert command(*arguments)[0] == 0
+    status, out, _ = command("run", slides, "-m", workplace / "model", "-o", whole)
+    assert status == 0
+    assert "node" in out
+    files = [path for path in sorted((whole / "slides").rglob("*")) if path.is_file()]
+    assert len(files) > 20
+    for path in files:
+        assert (alone / path.relative_to(whole)).read_bytes() == path.read_bytes(), path
+
+
+def test_calibrate_measures_against_other_normal_slides(slides: Path, workplace: Path, tmp_path: Path) -> None:
+    """The reference file it writes is what `heatmap --reference` reads; the mean z is then 0."""
+    results, reference = tmp_path / "results", tmp_path / "reference.json"
+    assert command("run", slides, "-m", workplace / "model", "-o", results)[0] == 0
+    assert command("calibrate", results, "-o", reference)[0] == 0
+    assert command("heatmap", results, "--reference", reference)[0] == 0
+    import zarr
+
+    z = zarr.open_array(results / "slides" / "node" / "heatmap.zarr" / "z_tile")[...]
+    assert np.asarray(z).mean() == pytest.approx(0, abs=1e-6)
+
+
+def test_a_stage_before_its_time_says_which_comes_first(slides: Path, workplace: Path, tmp_path: Path) -> None:
+    """With the command to run."""
+    status, _, _ = command("tile", slides, "-o", tmp_path / "results", "-p", workplace / "tiny.toml")
+    assert status == 1
+    assert "wsi-anomaly mask" in (tmp_path / "results" / "slides.csv").read_text()
+
+
+def test_tiles_of_another_size_are_refused_with_the_remedy(slides: Path, workplace: Path, tmp_path: Path) -> None:
+    """A model is fitted for one tile size."""
+    results = tmp_path / "results"
+    for stage in ("mask", "tile"):
+        assert command(stage, slides, "-o", results)[0] == 0
+    assert command("score", results, "-m", workplace / "model")[0] == 1
+    reason = (results / "slides.csv").read_text()
+    assert "256 px" in reason
+    assert "64 px" in reason
+    assert "--pipeline" in reason
+
+
+def test_evaluate_prints_and_writes_the_slide_level_auroc(slides: Path, workplace: Path, tmp_path: Path) -> None:
+    """One class only has none."""
+    results = tmp_path / "results"
+    command("run", slides, "-m", workplace / "model", "-o", results)
+    (tmp_path / "labels.csv").write_text("slide_id,label\nnode,normal\n")
+    status, out, _ = command("evaluate", results, "--labels", tmp_path / "labels.csv")
+    assert status == 0
+    assert "slide auroc z max" in out
+    assert json.loads((results / "metrics.json").read_text())["slide_auroc_z_max"] is None
+
+
+def test_a_log_file_holds_one_json_object_a_line(slides: Path, workplace: Path, tmp_path: Path) -> None:
+    """With time, level and message, and no folder of the user's."""
+    (tmp_path / "slides").mkdir()
+    (tmp_path / "slides" / "broken.svs").write_text("no slide")
+    log = tmp_path / "log.jsonl"
+    status, _, _ = command(
+        "run", tmp_path / "slides", "-m", workplace / "model", "-o", tmp_path / "results", "--log-file", log
+    )
+    assert status == 1
+    entries = [json.loads(line) for line in log.read_text().splitlines()]
+    assert {"time", "level", "logger", "message"} <= set(entries[0])
+    assert any(entry["level"] == "error" and "broken" in entry["message"] for entry in entries)
+    assert str(slides) not in log.read_text()
+
+
+def test_quiet_prints_errors_only(slides: Path, workplace: Path, tmp_path: Path) -> None:
+    """Nothing when all is well."""
+    status, out, err = command("run", slides, "-m", workplace / "model", "-o", tmp_path / "results", "--quiet")
+    assert (status, out, err) == (0, "", "")
+
+
+def test_slides_without_mpp_are_done_when_the_user_gives_it(workplace: Path, tmp_path: Path) -> None:
+    """By --mpp or in a table; the message says both."""
+    path = tmp_path / "slides" / "bare.tif"
+    path.parent.mkdir()
+    with tifffile.TiffWriter(path) as file:
+        pixels = np.full((512, 512, 3), 243, np.uint8)
+        pixels[100:400, 100:400] = (150, 90, 160)
+        file.write(pixels, tile=(256, 256), photometric="rgb", metadata=None)
+    model, results = workplace / "model", tmp_path / "results"
+    assert command("run", path.parent, "-m", model, "-o", results)[0] == 1
+    assert "--mpp" in (results / "slides.csv").read_text()
+    assert command("run", path.parent, "-m", model, "-o", results, "--mpp", 0.5)[0] == 0
+    (tmp_path / "cohort.csv").write_text("slide_id,path,mpp\nbare,slides/bare.tif,0.5\n")
+    assert command("run", tmp_path / "cohort.csv", "-m", model, "-o", results)[0] == 0
+
+
+@pytest.mark.parametrize("mpp", [0, -1, 1e6])
+def test_an_absurd_mpp_is_refused(workplace: Path, slides: Path, tmp_path: Path, mpp: float) -> None:
+    """Whoever gives it."""
+    with pytest.raises(Exception, match="mpp"):
+        command("run", slides, "-m", workplace / "model", "-o", tmp_path / "results", "--mpp", mpp)
+
+
+@pytest.mark.parametrize("name", ["detectors", "pipelines", "doctor"])
+def test_looking_around_prints_a_table(name: str) -> None:
+    """And finds nothing missing."""
+    status, out, _ = command(name)
+    assert status == 0
+    assert "autoencoder" in out
+
+
+def test_a_printed_preset_is_a_pipeline_file(tmp_path: Path) -> None:
+    """Saved and changed, it is the user's own."""
+    from wsi_anomaly.pipeline import load_pipeline
+
+    _, out, _ = command("pipelines", "autoencoder")
+    (tmp_path / "mine.toml").write_text(out)
+    assert load_pipeline(tmp_path / "mine.toml") == load_pipeline("autoencoder").with_defaults()
+
+
+def test_the_version_is_printed() -> None:
+    """For bug reports."""
+    assert command("--version") == (0, f"{__version__}\n", "")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("run", "EMPTY", "-m", "MODEL"), "no slide"),
+        (("run", "NOWHERE", "-m", "MODEL"), "nowhere"),
+        (("run", "EMPTY", "-m", "NOWHERE"), "no slide|no such model"),
+        (("fit", "SLIDES", "-o", "OUT", "-p", "autoencodr"), "did you mean 'autoencoder'"),
+        (("fit", "SLIDES", "-o", "FILE"), "is no model"),
+        (("run", "SLIDES", "-m", "MODEL", "-o", "FILE"), "cannot be written"),
+        (("heatmap", "OUT"), "not run|Give --model"),
+        (("score", "NOWHERE", "-m", "MODEL"), "has run for no slide"),
+    ],
+)
+def test_what_a_user_can_cause_is_one_message_and_exit_status_1(  # noqa: PLR0917 - fixtures and cases
+    slides: Path,
+    workplace: Path,
+    tmp_path: Path,
+    arguments: tuple[str, ...],
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Never a traceback."""
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").touch()
+    places = {
+        "SLIDES": slides,
+        "MODEL": workplace / "model",
+        "EMPTY": tmp_path / "empty",
+        "NOWHERE": tmp_path / "nowhere",
+        "OUT": tmp_path / "out",
+        "FILE": tmp_path / "file",
+    }
+    typed = [str(places.get(argument, argument)) for argument in arguments]
+    monkeypatch.setattr("sys.argv", ["wsi-anomaly", *typed])
+    with pytest.raises(SystemExit) as left:
+        main()
+    assert left.value.code == 1
+    error = capsys.readouterr().err
+    assert error.startswith("Error:")
+    assert re.search(message, " ".join(error.split()), re.IGNORECASE), error
+    assert "Traceback" not in error
+
+
+def test_wrong_usage_has_exit_status_2(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """As shells expect."""
+    monkeypatch.setattr("sys.argv", ["wsi-anomaly", "run"])
+    with pytest.raises(SystemExit) as left:
+        main()
+    assert left.value.code == 2
+    assert "Missing argument" in capsys.readouterr().err

@@ -1,0 +1,85 @@
+"""The commands that look and change nothing: detectors, pipelines, doctor, validate-geojson."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from wsi_anomaly.cli.console import stdout
+
+
+def detectors() -> None:
+    """List the installed detectors."""
+    from wsi_anomaly.plugins import DETECTORS, installed, load_plugin
+
+    table = _table("detector", "scores", "what it does", "package")
+    for name, entry in installed(DETECTORS).items():
+        detector = load_plugin(DETECTORS, name)
+        summary = (detector.__doc__ or "").strip().splitlines()[0]
+        package = entry.dist.name if entry.dist else ""
+        table.add_row(name, ", ".join(detector.score_names), escape(summary), package)
+    stdout.print(table)
+
+
+def pipelines(
+    name: Annotated[str | None, typer.Argument(help="Print this preset with all its options instead.")] = None,
+) -> None:
+    """List the pipeline presets, or print one of them with every default written out."""
+    from wsi_anomaly.pipeline import load_pipeline, preset_names
+
+    if name is not None:
+        import tomli_w
+
+        from wsi_anomaly.storage.model import without_none
+
+        table = without_none(load_pipeline(name).with_defaults().as_table())
+        stdout.print(tomli_w.dumps(table), markup=False, highlight=False, soft_wrap=True)
+        return
+    listing = _table("pipeline", "detector", "what it does")
+    for preset in preset_names():
+        pipeline = load_pipeline(preset)
+        listing.add_row(preset, pipeline.detector_name, escape(pipeline.description))
+    stdout.print(listing)
+
+
+def doctor() -> None:
+    """Check what is installed, what is missing, and what to do about it."""
+    from wsi_anomaly.pipeline.doctor import examine
+
+    findings = examine()
+    table = _table("", "what", "found")
+    for finding in findings:
+        mark = "[green]ok[/]" if finding.well else "[bold red]no[/]"
+        table.add_row(mark, finding.what, escape(finding.found))
+    stdout.print(table)
+    for finding in findings:
+        if not finding.well:
+            stdout.print(f"{finding.what}: {finding.remedy}", markup=False, highlight=False, soft_wrap=True)
+    if not all(finding.well for finding in findings):
+        raise typer.Exit(1)
+
+
+def validate_geojson(
+    files: Annotated[list[Path], typer.Argument(metavar="FILE...", help=".geojson, .json, .geojson.gz of any tool.")],
+) -> None:
+    """Hold GeoJSON files against what QuPath can read, and name each feature at fault.
+
+    Errors make QuPath reject the whole file; warnings lose something silently. Exit status 1 if there is an error.
+    """
+    from wsi_anomaly.reporting.geojson_contract import validate_geojson as validate
+
+    rejected = False
+    for file in files:
+        report = validate(file)
+        rejected |= bool(report.errors)
+    if rejected:
+        raise typer.Exit(1)
+
+
+def _table(*columns: str) -> Table:
+    table = Table(box=None, header_style="bold")
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    return table

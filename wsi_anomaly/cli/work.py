@@ -1,0 +1,130 @@
+"""The commands that most users need: fit, run, evaluate, demo."""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from wsi_anomaly.cli import parameters as p
+from wsi_anomaly.cli.console import session, stdout
+from wsi_anomaly.cli.tables import print_metrics, print_slides
+from wsi_anomaly.execution import Resources
+
+
+def fit(
+    slides: p.Slides,
+    out: p.Out,
+    pipeline: p.PipelineName = "autoencoder",
+    mpp: p.Mpp = None,
+    device: p.Device = p.DEFAULTS.device,
+    workers: p.Workers = p.DEFAULTS.workers,
+    batch_size: p.BatchSize = p.DEFAULTS.batch_size,
+    quiet: p.Quiet = False,
+    log_file: p.LogFile = None,
+) -> None:
+    """Learn normal tissue from normal slides and measure what scores are normal.
+
+    A part of the slides is held out for the measuring. An interrupted fit goes on when the same command is run again.
+    Tiles and unfinished weights lie in OUT.fit, which may be deleted afterwards.
+    """
+    from wsi_anomaly.cohort import read_cohort
+    from wsi_anomaly.pipeline import fit, load_pipeline
+
+    cohort = read_cohort(slides, mpp=mpp)
+    resources = Resources(device=device, workers=workers, batch_size=batch_size)
+    with session(slides=len(cohort), quiet=quiet, log_file=log_file) as bars:
+        _, failed = fit(cohort, load_pipeline(pipeline), out, resources=resources, listener=bars)
+    if not quiet:
+        stdout.print(f"The model is in {out}. Next: wsi-anomaly run SLIDES --model {out}", markup=False)
+    if failed:
+        raise typer.Exit(1)
+
+
+def run(
+    slides: p.Slides,
+    model: p.ModelPath,
+    out: p.Out = Path("results"),
+    mpp: p.Mpp = None,
+    z_from: Annotated[
+        Literal["model", "cohort"],
+        typer.Option(
+            help="What z-scores are measured against: the model's held-out normal tissue, or all tiles of these slides "
+            "(the paper's protocol; for slides that are mostly normal)."
+        ),
+    ] = "model",
+    keep_maps: Annotated[Literal["none", "all"], typer.Option(help="Keep the per-pixel anomaly of tiles.")] = "none",
+    keep_reconstructions: Annotated[
+        Literal["none", "all"], typer.Option(help="Keep tiles as the model rebuilds them.")
+    ] = "none",
+    device: p.Device = p.DEFAULTS.device,
+    workers: p.Workers = p.DEFAULTS.workers,
+    batch_size: p.BatchSize = p.DEFAULTS.batch_size,
+    quiet: p.Quiet = False,
+    log_file: p.LogFile = None,
+) -> None:
+    """Find what is not normal on slides: heat maps, slide scores, QuPath overlays.
+
+    Does only what is missing or out of date. A slide that cannot be used is listed in slides.csv with its reason; the
+    others go on, and the exit status is 1.
+    """
+    from wsi_anomaly.cohort import read_cohort
+    from wsi_anomaly.pipeline import pipeline_of, run
+    from wsi_anomaly.storage.model import read_model
+
+    cohort = read_cohort(slides, mpp=mpp)
+    fitted = read_model(model)
+    pipeline = pipeline_of(fitted).keeping(maps=keep_maps, reconstructions=keep_reconstructions)
+    resources = Resources(device=device, workers=workers, batch_size=batch_size)
+    with session(slides=len(cohort), quiet=quiet, log_file=log_file) as bars:
+        summary = run(cohort, fitted, out, resources=resources, listener=bars, z_from=z_from, pipeline=pipeline)
+    if not quiet:
+        print_slides(summary.rows, out)
+    if summary.failed:
+        raise typer.Exit(1)
+
+
+def evaluate(
+    results: p.Results,
+    labels: Annotated[
+        Path | None,
+        typer.Option(help="A CSV with the columns slide_id and label (normal or abnormal).", show_default=False),
+    ] = None,
+    annotations: Annotated[
+        Path | None,
+        typer.Option(help="A folder with <slide_id>.geojson for the slides that have outlines.", show_default=False),
+    ] = None,
+) -> None:
+    """Compare slide scores with labels, and tile scores with a pathologist's outlines.
+
+    Writes RESULTS/metrics.json.
+    """
+    from wsi_anomaly.stages.evaluate import evaluate
+    from wsi_anomaly.storage.layout import RunFolder
+
+    if labels is None and annotations is None:
+        raise typer.BadParameter("give --labels, --annotations or both")
+    print_metrics(evaluate(RunFolder(results), labels=labels, annotations=annotations))
+
+
+def demo(
+    out: p.Out = Path("wsi-anomaly-demo"),
+    device: p.Device = p.DEFAULTS.device,
+    workers: p.Workers = p.DEFAULTS.workers,
+    quiet: p.Quiet = False,
+    log_file: p.LogFile = None,
+) -> None:
+    """See all of it at once: make slides, fit, run, evaluate. No data, no GPU, under 3 minutes."""
+    from wsi_anomaly.pipeline.demonstration import demonstrate
+
+    resources = Resources(device=device, workers=workers)
+    with session(slides=0, quiet=quiet, log_file=log_file) as bars:
+        found = demonstrate(out, resources=resources, listener=bars)
+    print_slides(found.summary.rows, found.summary.folder.root)
+    print_metrics(found.metrics)
+    _say_where_to_look(found)
+
+
+def _say_where_to_look(found: Any) -> None:  # noqa: ANN401 - its module is heavy and imported late
+    folder = found.most_abnormal
+    stdout.print(f"\nThe most abnormal slide is [bold]{folder.slide_id}[/]. Look at {folder.heatmap_picture}.")
+    stdout.print(f"In QuPath: open {found.slide}, drag {folder.regions} onto it; the truth is {found.truth}.")

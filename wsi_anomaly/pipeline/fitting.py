@@ -1,0 +1,174 @@
+"""`fit`: from normal slides to a model."""
+
+import shutil
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+
+from wsi_anomaly.cohort import CohortSlide
+from wsi_anomaly.detectors.protocol import Scorer
+from wsi_anomaly.errors import CohortError, OutputError
+from wsi_anomaly.execution import Listener, Progress, Resources, processes, report
+from wsi_anomaly.pipeline.ledger import Ledger
+from wsi_anomaly.pipeline.preparing import prepare_all, process_count
+from wsi_anomaly.pipeline.preset import Pipeline, build_detector
+from wsi_anomaly.pipeline.running import score
+from wsi_anomaly.stages.calibrate import Selection, calibrate
+from wsi_anomaly.stages.fit import Split, fit_detector, fit_recipe, split_tissue
+from wsi_anomaly.stages.score import FittedDetector
+from wsi_anomaly.storage.layout import ModelFolder, RunFolder
+from wsi_anomaly.storage.lock import locked
+from wsi_anomaly.storage.model import Model, read_manifest, read_model, write_manifest, write_toml
+from wsi_anomaly.storage.record import Recipe, writable
+from wsi_anomaly.storage.reference import Reference, Source, write_reference
+from wsi_anomaly.storage.slide_table import SlideRow
+
+
+def fit(
+    slides: Sequence[CohortSlide], pipeline: Pipeline, out: Path, *, resources: Resources, listener: Listener
+) -> tuple[Model, tuple[SlideRow, ...]]:
+    """Learn normal tissue, and measure what scores are normal on tissue held out. The model, and the failed slides.
+
+    Tiles and unfinished weights lie beside the model in `<out>.fit`, from where an interrupted fit goes on.
+
+    Raises:
+        CohortError: no slide can be used, or none is left on one side of the split.
+        OutputError: `out` holds something else, or cannot be written.
+    """
+    slides = tuple(slide for slide in slides if slide.split != "test")
+    if not slides:
+        raise CohortError("every slide of the cohort is marked 'test': there is none to learn from")
+    pipeline = pipeline.with_defaults()
+    model = ModelFolder(out)
+    _check_vacant(model)
+    shop = model.workshop
+    with writable(shop.root), locked(shop.lock):
+        ledger = _prepare(slides, shop, pipeline, resources, listener)
+        usable = [shop.slide(slide.slide_id) for slide in slides if ledger.is_well(slide.slide_id)]
+        if not usable:
+            raise CohortError(f"none of the {len(slides)} slides can be used; the reasons are in {shop.slide_table}")
+        wishes = {slide.slide_id: slide.split for slide in slides}
+        split = split_tissue(usable, wishes, pipeline.split, seed=pipeline.seed)
+        learning = fit_recipe(split, pipeline.detector, seed=pipeline.seed)
+        recipe = _model_recipe(pipeline, split, learning)
+        if not _is_there(model, recipe):
+            detector = _fit(shop, split, learning, pipeline, resources)
+            reference = _reference(split, detector, pipeline, resources)
+            with writable(out):
+                _publish(model, shop, recipe, pipeline=pipeline, split=split, reference=reference)
+    return read_model(out), ledger.failed
+
+
+def _check_vacant(model: ModelFolder) -> None:
+    """Refuse a folder of something else before hours are spent.
+
+    Raises:
+        OutputError: there is a folder with files that are no model, or a file.
+    """
+    root = model.root
+    if root.is_file() or (root.is_dir() and any(root.iterdir()) and not model.manifest.exists()):
+        raise OutputError(f"{root}: exists and is no model. Choose another name for the model.")
+
+
+def _is_there(model: ModelFolder, recipe: Recipe) -> bool:
+    """Whether this very model has been fitted before.
+
+    Raises:
+        OutputError: another model lies there: it may have taken days, so it is not overwritten.
+    """
+    if not model.manifest.exists():
+        return False
+    if read_manifest(model).get("recipe_digest") == recipe.digest:
+        return True
+    raise OutputError(
+        f"{model.root}: holds a model of other slides or options. Choose another name, or delete that folder first."
+    )
+
+
+def _prepare(
+    slides: Sequence[CohortSlide], shop: RunFolder, pipeline: Pipeline, resources: Resources, listener: Listener
+) -> Ledger:
+    ledger = Ledger(shop, tuple(slide.slide_id for slide in slides))
+    with processes(process_count(slides, resources), listener) as executor:
+        for slide, prepared in prepare_all(executor, slides, shop, pipeline, resources=resources):
+            with ledger.attempt(slide.slide_id):
+                ledger.add_seconds(slide.slide_id, prepared.result())
+    return ledger
+
+
+def _model_recipe(pipeline: Pipeline, split: Split, learning: Recipe) -> Recipe:
+    table = {key: value for key, value in pipeline.as_table().items() if key not in ("name", "description")}
+    return Recipe("model", 1, {"pipeline": table, "split": split.as_dict()}, {"fit": learning.digest})
+
+
+def _fit(shop: RunFolder, split: Split, learning: Recipe, pipeline: Pipeline, resources: Resources) -> FittedDetector:
+    detector = build_detector(pipeline)
+    record = fit_detector(
+        shop,
+        split,
+        detector,
+        learning,
+        seed=pipeline.seed,
+        device=resources.device,
+    )
+    report(Progress("fit", "normal tissue", finished=True))
+
+    @cache
+    def load() -> tuple[Scorer, tuple[str, ...]]:
+        return detector.load(shop.detector, device=resources.device), detector.score_names
+
+    return FittedDetector(pipeline.detector_name, record.digest, pipeline.tiles.tile_px, pipeline.tiles.mpp, load)
+
+
+def _reference(split: Split, detector: FittedDetector, pipeline: Pipeline, resources: Resources) -> Reference:
+    """What the held-out normal tissue scores."""
+    for part in split.reference:
+        score(part.folder, detector, pipeline, resources)
+    source: Source = "held-out normal slides" if split.by == "slides" else "held-out blocks of one normal slide"
+    return calibrate([Selection(part.folder, part.tiles) for part in split.reference], source)
+
+
+def _publish(
+    model: ModelFolder, shop: RunFolder, recipe: Recipe, *, pipeline: Pipeline, split: Split, reference: Reference
+) -> None:
+    """Put the model together under another name and give it its own in one step."""
+    partial_model = ModelFolder(model.root.with_name(f"{model.root.name}.partial"))
+    shutil.rmtree(partial_model.root, ignore_errors=True)
+    shutil.copytree(shop.detector, partial_model.detector)
+    write_toml(partial_model.pipeline, pipeline.as_table())
+    write_reference(partial_model.reference, reference)
+    partial_model.card.write_text(_card(model.root.name, pipeline, split, reference), encoding="utf-8")
+    write_manifest(partial_model.root, recipe_digest=recipe.digest)
+    if model.root.is_dir():
+        model.root.rmdir()  # it is empty: see _check_vacant
+    partial_model.root.rename(model.root)
+
+
+def _card(name: str, pipeline: Pipeline, split: Split, reference: Reference) -> str:
+    """The model card: what it is, what it learnt from, what is normal to it."""
+    tables = split.as_dict()
+    lines = [
+        f"# {name}",
+        "",
+        f"A model of normal tissue for wsi-anomaly. Detector: `{pipeline.detector_name}`. Pipeline: `{pipeline.name}`.",
+        f"Tiles: {pipeline.tiles.tile_px} px at {pipeline.tiles.mpp} µm/px.",
+        "",
+        "For research. Not a medical device; not for diagnosis.",
+        "",
+        "## Learnt from",
+        "",
+        *(f"- {slide_id}: {count} tiles" for slide_id, count in tables["train"].items()),
+        "",
+        f"## Measured against ({reference.source})",
+        "",
+        *(f"- {slide_id}: {count} tiles" for slide_id, count in tables["reference"].items()),
+        "",
+        "| score | mean | deviation | tiles |",
+        "|---|---:|---:|---:|",
+        *(
+            f"| {key} | {value.mean:.6g} | {value.deviation:.6g} | {value.count} |"
+            for key, value in reference.scores.items()
+        ),
+        "",
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,69 @@
+"""The first steps of every slide, `mask` and `tile`, in as many processes and threads as may be used."""
+
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Executor, Future
+from dataclasses import dataclass
+from typing import Literal
+
+from wsi_anomaly.cohort import CohortSlide
+from wsi_anomaly.execution import Progress, Resources, SerialExecutor, in_order, report
+from wsi_anomaly.imaging.tissue import TissueOptions
+from wsi_anomaly.pipeline.preset import Pipeline
+from wsi_anomaly.stages.mask import mask_slide
+from wsi_anomaly.stages.tile import TileOptions, tile_slide
+from wsi_anomaly.storage.layout import RunFolder, SlideFolder
+
+Step = Literal["mask", "tile"]
+
+
+@dataclass(frozen=True, slots=True)
+class Preparation:
+    """What another process needs to know to prepare a slide."""
+
+    slide: CohortSlide
+    folder: SlideFolder
+    steps: tuple[Step, ...]
+    tissue: TissueOptions
+    tiles: TileOptions
+    threads: int
+
+
+def process_count(slides: Sequence[CohortSlide], resources: Resources) -> int:
+    """One process a slide, up to the cores; a single slide is read by threads of this process."""
+    return max(1, min(resources.cores, len(slides)))
+
+
+def prepare_all(
+    executor: Executor,
+    slides: Sequence[CohortSlide],
+    run: RunFolder,
+    pipeline: Pipeline,
+    *,
+    resources: Resources,
+    steps: tuple[Step, ...] = ("mask", "tile"),
+) -> Iterator[tuple[CohortSlide, Future[float]]]:
+    """The seconds that each slide took, in order, while the next ones are being prepared."""
+    count = process_count(slides, resources)
+    threads = max(1, resources.cores // count)
+    preparations = [
+        Preparation(slide, run.slide(slide.slide_id), steps, pipeline.tissue, pipeline.tiles, threads)
+        for slide in slides
+    ]
+    # Run serially, a slide is prepared when its turn comes; otherwise the processes stay busy and a little ahead.
+    ahead = 0 if isinstance(executor, SerialExecutor) else count + 1
+    for preparation, future in in_order(executor, prepare, preparations, ahead=ahead):
+        yield preparation.slide, future
+
+
+def prepare(preparation: Preparation) -> float:
+    """Mask and tile one slide; the seconds it took."""
+    started = time.monotonic()
+    slide, folder = preparation.slide, preparation.folder
+    if "mask" in preparation.steps:
+        mask_slide(slide, folder, preparation.tissue)
+        report(Progress("mask", slide.slide_id, finished=True))
+    if "tile" in preparation.steps:
+        tile_slide(slide, folder, preparation.tiles, threads=preparation.threads)
+        report(Progress("tile", slide.slide_id, finished=True))
+    return time.monotonic() - started

@@ -1,0 +1,115 @@
+"""Pipeline files: TOML tables to a typed `Pipeline`. Presets are found by bare name in the package, or by path."""
+
+import tomllib
+from functools import cache
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field
+
+from wsi_anomaly.detectors.protocol import Detector
+from wsi_anomaly.errors import OptionsError
+from wsi_anomaly.imaging.tissue import TissueOptions
+from wsi_anomaly.options import Options, nearest, parse_options
+from wsi_anomaly.plugins import DETECTORS, load_plugin
+from wsi_anomaly.stages.fit import SplitOptions
+from wsi_anomaly.stages.heatmap import HeatmapOptions
+from wsi_anomaly.stages.score import ScoreOptions
+from wsi_anomaly.stages.tile import TileOptions
+
+
+class Pipeline(Options):
+    """Everything that decides results, stage by stage."""
+
+    name: str
+    description: str = ""
+    seed: int = Field(0, ge=0)
+    """Of every random choice: which slides are held out, the order of training, the noise of a tile."""
+    tissue: TissueOptions = TissueOptions()
+    tiles: TileOptions = TileOptions()
+    split: SplitOptions = SplitOptions()
+    detector: dict[str, Any]
+    """`name`, an installed detector, and that detector's own options."""
+    score: ScoreOptions = ScoreOptions()
+    heatmap: HeatmapOptions = HeatmapOptions()
+
+    @property
+    def detector_name(self) -> str:
+        """The plug-in that is used.
+
+        Raises:
+            OptionsError: the table [detector] has no name.
+        """
+        if "name" not in self.detector:
+            raise OptionsError(f"pipeline '{self.name}': [detector] has no name. See: wsi-anomaly detectors")
+        return str(self.detector["name"])
+
+    def with_defaults(self) -> "Pipeline":
+        """The same pipeline with the detector's defaults written out too."""
+        detector = build_detector(self)
+        options = detector.model_dump(mode="json") if isinstance(detector, Options) else dict(self.detector)
+        return self.model_copy(update={"detector": {"name": self.detector_name, **options}})
+
+    def keeping(self, *, maps: Literal["none", "all"], reconstructions: Literal["none", "all"]) -> "Pipeline":
+        """The same pipeline with more kept beside the scores."""
+        kept = ScoreOptions(keep_maps=maps, keep_reconstructions=reconstructions)
+        return self.model_copy(update={"score": kept})
+
+    def as_table(self) -> dict[str, Any]:
+        """Plain values for a TOML file."""
+        return self.model_dump(mode="json")
+
+
+def load_pipeline(name_or_path: str | Path) -> Pipeline:
+    """A preset by bare name ("autoencoder"), or a pipeline file by path.
+
+    Raises:
+        OptionsError: there is no such preset or file, it is not TOML, or a key or value is wrong.
+    """
+    path = _pipeline_path(name_or_path)
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise OptionsError(f"{path}: there is no such file. See: wsi-anomaly pipelines") from error
+    except (OSError, ValueError) as error:
+        raise OptionsError(f"{path}: is not a TOML file that can be read ({error})") from error
+    return parse_options(Pipeline, table, where=path.name)
+
+
+def preset_names() -> tuple[str, ...]:
+    """The presets that come with the package."""
+    return tuple(_presets())
+
+
+def build_detector(pipeline: Pipeline) -> Detector:
+    """The untrained detector of a pipeline.
+
+    Raises:
+        UnknownPluginError: it is not installed.
+        OptionsError: one of its options is wrong.
+    """
+    name = pipeline.detector_name
+    detector_class = load_plugin(DETECTORS, name)
+    options = {key: value for key, value in pipeline.detector.items() if key != "name"}
+    detector: Detector = parse_options(detector_class, options, where=f"pipeline '{pipeline.name}', [detector] {name}")
+    return detector
+
+
+def _pipeline_path(name_or_path: str | Path) -> Path:
+    path = Path(name_or_path)
+    if path.suffix == ".toml" or len(path.parts) > 1:
+        return path
+    presets = _presets()
+    if str(name_or_path) not in presets:
+        raise OptionsError(
+            f"there is no pipeline '{name_or_path}' ({nearest(str(name_or_path), list(presets))}). "
+            "Give a preset of 'wsi-anomaly pipelines' or the path of a .toml file."
+        )
+    return presets[str(name_or_path)]
+
+
+@cache
+def _presets() -> dict[str, Path]:
+    folder = Path(str(files("wsi_anomaly") / "pipelines"))
+    return {path.stem: path for path in sorted(folder.glob("*.toml"))}

@@ -1,0 +1,64 @@
+"""One stage alone over many slides, with the same ledger of what went well and what did not."""
+
+from collections.abc import Callable, Sequence
+
+from wsi_anomaly.cohort import CohortSlide
+from wsi_anomaly.errors import MissingOutputError
+from wsi_anomaly.execution import Listener, Progress, Resources, processes, report
+from wsi_anomaly.pipeline.ledger import Ledger
+from wsi_anomaly.pipeline.preparing import Step, prepare_all, process_count
+from wsi_anomaly.pipeline.preset import Pipeline
+from wsi_anomaly.storage.layout import RunFolder, SlideFolder
+from wsi_anomaly.storage.lock import locked
+from wsi_anomaly.storage.record import find_record, writable
+from wsi_anomaly.storage.slide_table import SlideRow
+
+
+def prepare_alone(
+    step: Step,
+    slides: Sequence[CohortSlide],
+    run: RunFolder,
+    pipeline: Pipeline,
+    *,
+    resources: Resources,
+    listener: Listener,
+) -> tuple[SlideRow, ...]:
+    """The stage `mask` or `tile` over slides. The slides that failed."""
+    with writable(run.root), locked(run.lock):
+        ledger = Ledger(run, tuple(slide.slide_id for slide in slides))
+        with processes(process_count(slides, resources), listener) as executor:
+            prepared = prepare_all(executor, slides, run, pipeline, resources=resources, steps=(step,))
+            for slide, seconds in prepared:
+                with ledger.attempt(slide.slide_id):
+                    ledger.add_seconds(slide.slide_id, seconds.result())
+    return ledger.failed
+
+
+def apply_alone(
+    stage: str, needs: str, run: RunFolder, apply: Callable[[SlideFolder], object], *, listener: Listener
+) -> tuple[SlideRow, ...]:
+    """A later stage over all slides of a run folder that have what it needs. The slides that failed.
+
+    Raises:
+        MissingOutputError: no slide has what the stage needs.
+    """
+    slides = having(run, needs)
+    with writable(run.root), locked(run.lock), processes(1, listener):
+        ledger = Ledger(run, tuple(slide.slide_id for slide in slides))
+        for slide in slides:
+            with ledger.attempt(slide.slide_id):
+                apply(slide)
+                report(Progress(stage, slide.slide_id, finished=True))
+    return ledger.failed
+
+
+def having(run: RunFolder, stage: str) -> tuple[SlideFolder, ...]:
+    """The slides of a run folder for which a stage has run.
+
+    Raises:
+        MissingOutputError: there is none.
+    """
+    slides = tuple(folder for folder in run.slides() if find_record(folder.root, stage))
+    if not slides:
+        raise MissingOutputError(f"{run.root}: the stage '{stage}' has run for no slide. See: wsi-anomaly {stage} -h")
+    return slides

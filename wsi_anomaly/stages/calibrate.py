@@ -1,0 +1,47 @@
+"""Stage `calibrate`: what scores does normal tissue have? Reads `scores.zarr` of normal slides; makes a reference."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Bool
+
+from wsi_anomaly.errors import ModelError
+from wsi_anomaly.imaging.zscore import describe
+from wsi_anomaly.storage.layout import SlideFolder
+from wsi_anomaly.storage.record import read_record
+from wsi_anomaly.storage.reference import Reference, Source
+from wsi_anomaly.storage.scores import read_scores
+
+
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """The tiles of one slide that count; all of them where `tiles` is None."""
+
+    folder: SlideFolder
+    tiles: Bool[np.ndarray, " tile"] | None = None
+
+
+def calibrate(selections: Sequence[Selection], source: Source) -> Reference:
+    """The statistics of the selected tiles' scores. Every tile counts once; unreadable ones do not count.
+
+    Raises:
+        MissingOutputError: the stage `score` has not run.
+        ModelError: the slides were scored by different detectors, or too few scores differ.
+    """
+    scores, names = [], set()
+    for selection in selections:
+        read_record(selection.folder.root, "score")
+        values, score_names = read_scores(selection.folder.scores)
+        scores.append(values if selection.tiles is None else values[selection.tiles])
+        names.add(score_names)
+    if len(names) != 1:
+        raise ModelError(f"the slides hold scores of different detectors ({names}). Score them all with one model.")
+    table, columns = np.concatenate(scores), names.pop()
+    try:
+        described = {name: describe(column) for name, column in zip(columns, table.T, strict=True)}
+    except ValueError as error:
+        raise ModelError(
+            f"no reference can be made of {error}: z-scores need at least two tiles that differ. Add normal slides."
+        ) from error
+    return Reference(source=source, slides=len(selections), scores=described)

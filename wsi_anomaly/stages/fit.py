@@ -1,0 +1,197 @@
+"""Stage `fit`: learn normal tissue. Reads the tiles of normal slides; writes the fitted detector."""
+
+import logging
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from jaxtyping import Bool, Int64
+from pydantic import Field
+
+from wsi_anomaly.detectors.protocol import Detector, TileBatch
+from wsi_anomaly.errors import CohortError
+from wsi_anomaly.execution import Progress, report
+from wsi_anomaly.options import Options
+from wsi_anomaly.storage.layout import RunFolder, SlideFolder
+from wsi_anomaly.storage.record import Recipe, Record, current_record, read_record, write_json, writing
+from wsi_anomaly.storage.tiles import TileStore
+
+FORMAT_VERSION = 1
+
+Side = Literal["train", "reference", "blocks"]
+
+log = logging.getLogger(__name__)
+
+
+class SplitOptions(Options):
+    """Which normal tissue is held out to measure what scores are normal."""
+
+    reference_fraction: float = Field(0.2, gt=0, lt=1)
+    """Share of the slides (of the blocks, where there is one slide) that the detector does not learn from."""
+    block_tiles: int = Field(4, ge=1)
+    """Side of the blocks, in grid cells, that a single slide is split into; smaller where the slide is."""
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """The tiles of one slide that one side of the split gets."""
+
+    folder: SlideFolder
+    tiles: Bool[np.ndarray, " tile"]
+
+
+@dataclass(frozen=True, slots=True)
+class Split:
+    """Normal tissue to learn from, and normal tissue to measure against. No slide is on both sides if there are two."""
+
+    train: tuple[Part, ...]
+    reference: tuple[Part, ...]
+    by: Literal["slides", "blocks"]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Slides and tile counts of both sides."""
+        return {
+            "by": self.by,
+            "train": {part.folder.slide_id: int(part.tiles.sum()) for part in self.train},
+            "reference": {part.folder.slide_id: int(part.tiles.sum()) for part in self.reference},
+        }
+
+
+def split_tissue(
+    folders: Sequence[SlideFolder], wishes: Mapping[str, str | None], options: SplitOptions, *, seed: int
+) -> Split:
+    """Divide the tiles of normal slides into those to learn from and those to measure against.
+
+    Whole slides are held out; `wishes` (slide_id to "train" or "reference") come first. A single slide is divided into
+    spatial blocks instead. Depends on the seed and the slides' names, not on their order.
+
+    Raises:
+        CohortError: one side would be empty.
+    """
+    if len(folders) == 1:
+        return _split_blocks(folders[0], options, seed)
+    free = sorted((f for f in folders if wishes.get(f.slide_id) is None), key=lambda f: _lot(seed, f.slide_id))
+    chosen = [f for f in folders if wishes.get(f.slide_id) == "reference"]
+    missing = max(1, round(options.reference_fraction * len(folders))) - len(chosen)
+    chosen += free[: max(0, missing)]
+    taken = {f.slide_id for f in chosen}
+    train = [f for f in folders if f.slide_id not in taken]
+    if not train or not chosen:
+        raise CohortError("every slide is on one side of the split: name at least one 'train' and one 'reference'")
+    return Split(tuple(map(_whole, train)), tuple(map(_whole, sorted(chosen, key=lambda f: f.slide_id))), by="slides")
+
+
+def fit_recipe(split: Split, detector: Mapping[str, Any], *, seed: int) -> Recipe:
+    """What decides the fitted weights: the detector with its options, the seed, and the pixels to learn from."""
+    tiles = {part.folder.slide_id: _digest(part) for part in split.train}
+    return Recipe("fit", FORMAT_VERSION, {"detector": dict(detector), "seed": seed}, tiles)
+
+
+def fit_detector(
+    run: RunFolder,
+    split: Split,
+    detector: Detector,
+    recipe: Recipe,
+    *,
+    seed: int,
+    device: str,
+) -> Record:
+    """Fit the detector on the training side, unless that has been done; an interrupted fit goes on where it was."""
+    if done := current_record(run.root, recipe):
+        return done
+    source = TrainingTiles(split.train, seed=seed)
+    log.info("fitting on %d tiles of %d slides", len(source), len(split.train))
+    with writing(run.root, recipe, resume=True) as work:
+        detector.fit(source, work.folder / run.detector.name, device=device)
+        write_json(work.folder / run.split.name, split.as_dict())
+        work.facts.update({"tiles": len(source), "slides": len(split.train)})
+    return read_record(run.root, "fit")
+
+
+class TrainingTiles:
+    """The readable tiles of the training side as a `TileSource`: reads from disk only what is asked for."""
+
+    def __init__(self, parts: Sequence[Part], *, seed: int) -> None:
+        self._stores = [TileStore(part.folder.tiles) for part in parts]
+        self._tiles = [
+            np.flatnonzero(part.tiles & store.readable) for part, store in zip(parts, self._stores, strict=True)
+        ]
+        self._starts = np.cumsum([0, *map(len, self._tiles)])
+        self._seed = seed
+        self._read = 0
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    @property
+    def groups(self) -> Int64[np.ndarray, " tile"]:
+        """Slides, or blocks of slides where there are too few slides to hold whole ones out."""
+        blocks = [_blocks(store, 4)[tiles] for store, tiles in zip(self._stores, self._tiles, strict=True)]
+        slides = np.repeat(np.arange(len(blocks)), np.diff(self._starts))
+        if len(blocks) >= _ENOUGH_SLIDES:
+            return slides
+        return np.unique(np.column_stack([slides, np.concatenate(blocks)]), axis=0, return_inverse=True)[1]
+
+    def read(self, indices: Int64[np.ndarray, " tile"]) -> TileBatch:
+        """The tiles at these positions, in this order."""
+        slides = np.searchsorted(self._starts, indices, side="right") - 1
+        order = np.argsort(indices, kind="stable")  # neighbours on disk are read together
+        parts = [self._read_from(int(slide), indices[order][slides[order] == slide]) for slide in np.unique(slides)]
+        back = np.argsort(order)
+        self._read += len(indices)
+        report(Progress("fit", "normal tissue", self._read))
+        return TileBatch(
+            pixels=np.concatenate([part.pixels for part in parts])[back],
+            seeds=np.concatenate([part.seeds for part in parts])[back],
+            prompts=("",) * len(indices),
+        )
+
+    def _read_from(self, slide: int, indices: Int64[np.ndarray, " tile"]) -> TileBatch:
+        store, tiles = self._stores[slide], self._tiles[slide][indices - self._starts[slide]]
+        return TileBatch(store.read(tiles), store.seeds(tiles, self._seed), prompts=("",) * len(tiles))
+
+
+_ENOUGH_SLIDES = 5
+
+
+def _whole(folder: SlideFolder) -> Part:
+    return Part(folder, TileStore(folder.tiles).readable)
+
+
+def _split_blocks(folder: SlideFolder, options: SplitOptions, seed: int) -> Split:
+    store = TileStore(folder.tiles)
+    blocks = _enough_blocks(store, options)
+    lots = sorted(np.unique(blocks), key=lambda block: _lot(seed, f"{folder.slide_id}|{block}"))
+    if len(lots) < 2:  # noqa: PLR2004 - one to learn from and one to hold out
+        raise CohortError(
+            f"{folder.slide_id}: the only slide has {len(store)} tile: too little to learn from and to hold some out. "
+            "Add slides."
+        )
+    held_out = np.isin(blocks, lots[: max(1, round(options.reference_fraction * len(lots)))])
+    readable = store.readable
+    return Split((Part(folder, readable & ~held_out),), (Part(folder, readable & held_out),), by="blocks")
+
+
+def _enough_blocks(store: TileStore, options: SplitOptions) -> Int64[np.ndarray, " tile"]:
+    """Blocks so small that the fraction to hold out is at least one of them."""
+    side = options.block_tiles
+    while side > 1 and len(np.unique(_blocks(store, side))) < 1 / options.reference_fraction:
+        side //= 2
+    return _blocks(store, side)
+
+
+def _blocks(store: TileStore, block_tiles: int) -> Int64[np.ndarray, " tile"]:
+    """The number of the square block of grid cells that each tile lies in."""
+    rows, columns = (store.places.cells // block_tiles).T.astype(np.int64)
+    return np.asarray(rows * (columns.max() + 1) + columns)
+
+
+def _lot(seed: int, name: str) -> int:
+    return zlib.crc32(f"{seed}|{name}".encode())
+
+
+def _digest(part: Part) -> str:
+    """Which pixels a part holds: the tiles' record and the choice among them."""
+    return f"{read_record(part.folder.root, 'tile').digest}:{zlib.crc32(np.packbits(part.tiles).tobytes()):08x}"

@@ -1,0 +1,263 @@
+"""The tests that a plug-in inherits, and what they need. The package itself never imports this file: it needs pytest.
+
+class TestMyDetector(DetectorContract):
+    detector = MyDetector(width=8, epochs=4)    # settings that learn a few tiles in a second or two
+    tile_px = 32
+"""
+# ruff: noqa: S101 - tests assert
+
+import importlib
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import pytest
+import torch
+from jaxtyping import Float32, Int64, UInt8, UInt64
+
+from wsi_anomaly.detectors.protocol import Localizer, Reconstructor, Scorer, TileBatch
+from wsi_anomaly.errors import ModelError
+from wsi_anomaly.options import Options, parse_options
+
+
+class TilesInMemory:
+    """A `TileSource` of tiles that are at hand. It counts how often it was read, and can kill its reader."""
+
+    def __init__(
+        self,
+        pixels: UInt8[np.ndarray, "tile y x rgb"],
+        groups: Int64[np.ndarray, " tile"] | None = None,
+        *,
+        die_at_read: int | None = None,
+    ) -> None:
+        self.pixels = pixels
+        self.groups: Int64[np.ndarray, " tile"] = np.arange(len(pixels)) // 4 if groups is None else groups
+        self.reads = 0
+        self._die_at_read = die_at_read
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    def read(self, indices: Int64[np.ndarray, " tile"]) -> TileBatch:
+        """The tiles at these positions, in this order."""
+        self.reads += 1
+        if self.reads == self._die_at_read:
+            os.kill(os.getpid(), _KILL)
+        return batch_of(self.pixels[indices], seeds=indices.astype(np.uint64))
+
+
+def batch_of(
+    pixels: UInt8[np.ndarray, "tile y x rgb"], *, seeds: UInt64[np.ndarray, " tile"] | None = None
+) -> TileBatch:
+    """A batch of these tiles without prompts; seeds count from 0 if none are given."""
+    seeds = np.arange(len(pixels), dtype=np.uint64) if seeds is None else seeds
+    return TileBatch(pixels, seeds, prompts=("",) * len(pixels))
+
+
+def smooth_tiles(count: int, tile_px: int, *, seed: int) -> UInt8[np.ndarray, "tile y x rgb"]:
+    """Normal texture: slow waves of pink and violet."""
+    random = np.random.default_rng(seed)
+    place = np.linspace(0, 1, tile_px)
+    waves, turns, phases = random.uniform(0.2, 1, (3, count, 2, 1, 1))
+    down = np.sin(2 * np.pi * (waves[:, 0] * place[:, None] + turns[:, 0] * place[None, :] + phases[:, 0]))
+    across = np.sin(2 * np.pi * (waves[:, 1] * place[:, None] - turns[:, 1] * place[None, :] + phases[:, 1]))
+    shade = ((down + across) / 4 + 0.5)[..., None]
+    colours = np.array([225, 170, 205]) * shade + np.array([130, 80, 165]) * (1 - shade)
+    return np.asarray(colours.round(), np.uint8)
+
+
+def odd_tiles(count: int, tile_px: int, *, seed: int) -> UInt8[np.ndarray, "tile y x rgb"]:
+    """The same texture with something abnormal planted in its middle: strong noise and hard edges."""
+    random = np.random.default_rng(seed)
+    tiles = smooth_tiles(count, tile_px, seed=seed)
+    middle = slice(tile_px // 4, tile_px - tile_px // 4)
+    side = middle.stop - middle.start
+    tiles[:, middle, middle] = random.choice(np.array([0, 255], np.uint8), (count, side, side, 3))
+    return tiles
+
+
+class DetectorContract:
+    """What every detector promises. Inherit it, set `detector`, and pytest checks the promises.
+
+    Each column of the scores is checked; set `tells_apart` to the names of those that should rank the planted anomalies
+    if not all of them can.
+    """
+
+    detector: ClassVar[Any]
+    """An untrained `Detector` with `Options` as its base, set small."""
+    tile_px: ClassVar[int] = 32
+    fit_tiles: ClassVar[int] = 48
+    device: ClassVar[str] = "cpu"
+    tells_apart: ClassVar[tuple[str, ...] | None] = None
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def tiles(cls) -> TilesInMemory:
+        """Normal tiles to learn from."""
+        return TilesInMemory(smooth_tiles(cls.fit_tiles, cls.tile_px, seed=1))
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def checkpoint(cls, tiles: TilesInMemory, tmp_path_factory: pytest.TempPathFactory) -> Path:
+        """The folder of a fit that nobody disturbed."""
+        folder: Path = tmp_path_factory.mktemp("fit") / "detector"
+        cls.detector.fit(tiles, folder, device=cls.device)
+        return folder
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def scorer(cls, checkpoint: Path) -> Scorer:
+        """The fitted detector."""
+        loaded: Scorer = cls.detector.load(checkpoint, device=cls.device)
+        return loaded
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def batch(cls) -> TileBatch:
+        """New tiles, normal and abnormal, more than any detector should take at once."""
+        return batch_of(np.concatenate([f(20, cls.tile_px, seed=2) for f in (smooth_tiles, odd_tiles)]))
+
+    def test_options_survive_a_text_file(self) -> None:
+        """A model folder carries the options as text, and they build the same detector."""
+        assert isinstance(self.detector, Options)
+        assert _described(_detector_of(_described(self.detector))) == _described(self.detector)
+
+    def test_there_is_one_finite_score_of_each_name_for_each_tile(self, scorer: Scorer, batch: TileBatch) -> None:
+        """Scores are float32, (tile, score), without NaN and infinity."""
+        scores = scorer.score(batch)
+        assert scores.dtype == np.float32
+        assert scores.shape == (len(batch), len(self.detector.score_names))
+        assert np.isfinite(scores).all()
+
+    def test_no_tiles_have_no_scores(self, scorer: Scorer, batch: TileBatch) -> None:
+        """A batch whose tiles could all not be read is no special case."""
+        assert scorer.score(_part(batch, np.arange(0))).shape == (0, len(self.detector.score_names))
+
+    def test_scoring_again_gives_the_same_bits(self, scorer: Scorer, batch: TileBatch) -> None:
+        """Nothing is drawn from global state and nothing is remembered."""
+        assert np.array_equal(scorer.score(batch), scorer.score(batch))
+
+    def test_scores_do_not_depend_on_the_size_of_the_batch(self, scorer: Scorer, batch: TileBatch) -> None:
+        """A tile has the same score, to the bit, alone, among a few and among many."""
+        everything = scorer.score(batch)
+        for size in (1, 7):
+            starts = range(0, len(batch), size)
+            parts = [scorer.score(_part(batch, np.arange(len(batch))[start : start + size])) for start in starts]
+            assert np.array_equal(np.concatenate(parts), everything), f"in batches of {size}"
+
+    def test_scores_do_not_depend_on_the_order_of_the_batch(self, scorer: Scorer, batch: TileBatch) -> None:
+        """A tile keeps its score wherever it stands."""
+        order = np.random.default_rng(3).permutation(len(batch))
+        assert np.array_equal(scorer.score(_part(batch, order)), scorer.score(batch)[order])
+
+    def test_scoring_leaves_the_tiles_as_they_are(self, scorer: Scorer, batch: TileBatch) -> None:
+        """A scorer that writes into the pixels would spoil what comes after it."""
+        before = batch.pixels.copy()
+        scorer.score(batch)
+        assert np.array_equal(batch.pixels, before)
+
+    def test_anomalies_score_higher_than_normal_tiles(self, scorer: Scorer, batch: TileBatch) -> None:
+        """Of a planted anomaly and a normal tile, the anomaly has the higher score nine times out of ten."""
+        half = len(batch) // 2
+        scores = dict(zip(self.detector.score_names, scorer.score(batch).T, strict=True))
+        for name in self.tells_apart or self.detector.score_names:
+            normal, odd = scores[name][:half], scores[name][half:]
+            assert (odd[:, None] > normal).mean() >= _MOSTLY, name
+
+    def test_a_fitted_detector_scores_the_same_in_a_new_process(
+        self, scorer: Scorer, checkpoint: Path, batch: TileBatch, tmp_path: Path
+    ) -> None:
+        """All that scoring needs is in the folder and the options."""
+        np.savez(tmp_path / "tiles.npz", pixels=batch.pixels)
+        _elsewhere("score", self.detector, tmp_path, checkpoint=str(checkpoint), device=self.device)
+        assert np.array_equal(np.load(tmp_path / "scores.npy"), scorer.score(batch))
+
+    def test_a_killed_fit_goes_on_and_ends_with_the_same_files(
+        self, tiles: TilesInMemory, checkpoint: Path, tmp_path: Path
+    ) -> None:
+        """Killed half-way and called again, a fit reads only what was missing and leaves the same bytes."""
+        again = TilesInMemory(tiles.pixels, tiles.groups)
+        self.detector.fit(again, tmp_path / "whole", device=self.device)
+        np.savez(tmp_path / "tiles.npz", pixels=tiles.pixels, groups=tiles.groups)
+        settings = {"checkpoint": str(tmp_path / "killed"), "device": self.device, "die_at_read": again.reads // 2 + 1}
+        assert _elsewhere("fit", self.detector, tmp_path, **settings) != 0
+        rest = TilesInMemory(tiles.pixels, tiles.groups)
+        self.detector.fit(rest, tmp_path / "killed", device=self.device)
+        assert rest.reads < again.reads
+        assert _files(tmp_path / "killed") == _files(tmp_path / "whole") == _files(checkpoint)
+
+    def test_an_empty_folder_is_no_model(self, tmp_path: Path) -> None:
+        """Missing weights are an error that the user is told about."""
+        with pytest.raises(ModelError):
+            self.detector.load(tmp_path, device=self.device)
+
+    def test_score_maps_are_as_large_as_their_tiles(self, scorer: Scorer, batch: TileBatch) -> None:
+        """A localizer gives one finite float32 for each pixel, whatever the batch."""
+        if not isinstance(scorer, Localizer):
+            pytest.skip("the detector makes no maps")
+        maps: Float32[np.ndarray, "tile y x"] = scorer.score_map(batch)
+        assert maps.dtype == np.float32
+        assert maps.shape == batch.pixels.shape[:3]
+        assert np.isfinite(maps).all()
+        assert np.array_equal(scorer.score_map(_part(batch, np.array([5]))), maps[[5]])
+
+    def test_reconstructions_are_tiles(self, scorer: Scorer, batch: TileBatch) -> None:
+        """A reconstructor gives pixels of the same shape, whatever the batch."""
+        if not isinstance(scorer, Reconstructor):
+            pytest.skip("the detector makes no reconstructions")
+        rebuilt = scorer.reconstruct(batch)
+        assert rebuilt.dtype == np.uint8
+        assert rebuilt.shape == batch.pixels.shape
+        assert np.array_equal(scorer.reconstruct(_part(batch, np.array([5]))), rebuilt[[5]])
+
+
+_MOSTLY = 0.9
+_KILL = getattr(signal, "SIGKILL", signal.SIGTERM)  # Windows knows only the latter, and it leaves no time either
+
+
+def _part(batch: TileBatch, indices: Int64[np.ndarray, " tile"]) -> TileBatch:
+    return batch_of(batch.pixels[indices], seeds=batch.seeds[indices])
+
+
+def _files(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def _described(detector: Options) -> dict[str, Any]:
+    options_class = type(detector)
+    return {
+        "module": options_class.__module__,
+        "class": options_class.__name__,
+        "options": detector.model_dump(mode="json"),
+    }
+
+
+def _detector_of(description: dict[str, Any]) -> Any:  # noqa: ANN401 - both a Detector and Options
+    options_class = getattr(importlib.import_module(description["module"]), description["class"])
+    return parse_options(options_class, description["options"], where="test")
+
+
+def _elsewhere(job: str, detector: Options, folder: Path, **settings: Any) -> int:  # noqa: ANN401 - JSON values
+    """The exit status of a new process that does the job with the tiles in `folder`."""
+    task = json.dumps(_described(detector) | settings | {"job": job, "folder": str(folder)})
+    command = [sys.executable, "-c", "from wsi_anomaly.testing import _work; _work()"]
+    threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}  # sums of another number of parts round otherwise
+    return subprocess.run(command, input=task, text=True, check=False, env=os.environ | threads).returncode  # noqa: S603
+
+
+def _work() -> None:
+    """What the new process does."""
+    task = json.load(sys.stdin)
+    detector, folder, checkpoint = _detector_of(task), Path(task["folder"]), Path(task["checkpoint"])
+    tiles = np.load(folder / "tiles.npz")
+    if task["job"] == "fit":
+        source = TilesInMemory(tiles["pixels"], tiles["groups"], die_at_read=task["die_at_read"])
+        detector.fit(source, checkpoint, device=task["device"])
+    else:
+        scorer = detector.load(checkpoint, device=task["device"])
+        np.save(folder / "scores.npy", scorer.score(batch_of(tiles["pixels"])))
