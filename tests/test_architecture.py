@@ -12,11 +12,12 @@ HOMES = {
     "openslide": ("slides",),
     "tiffslide": ("slides",),
     "zarr": ("storage",),
-    "torch": ("detectors",),
+    "torch": ("detectors", "testing"),
     "typer": ("cli",),
     "rich": ("cli",),
     "ijson": ("reporting",),
     "psutil": ("storage",),
+    "pytest": ("testing",),
     "pydicom": ("cohort",),
 }
 MAX_LINES = 300

@@ -301,7 +301,7 @@ def test_the_default_mpp_is_for_slides_without_their_own(tmp_path: Path) -> None
 @pytest.mark.parametrize("mpp", [0.0, -1.0, float("nan")])
 def test_a_default_mpp_that_is_no_length_is_refused(tmp_path: Path, mpp: float) -> None:
     """Before any slide is looked for."""
-    with pytest.raises(CohortError, match="microns per pixel from 0.01 to 100"):
+    with pytest.raises(CohortError, match=r"microns per pixel from 0\.01 to 100"):
         read_cohort([tmp_path], mpp=mpp)
 
 

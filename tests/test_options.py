@@ -68,7 +68,7 @@ def test_a_pipeline_file_is_found_by_path(tmp_path: Path) -> None:
     ("text", "message"),
     [
         ('name = "a"\n[tile]\ntile_px = 3\n[detector]\nname = "autoencoder"', "did you mean 'tiles'"),
-        ("name = ", "line 1"),
+        ('name = "a"\nseed = = 3', "line 2"),
         ('name = "a"', "'detector' is missing"),
     ],
 )

@@ -89,7 +89,8 @@ def calibrate(
         out.parent.mkdir(parents=True, exist_ok=True)
         write_reference(out, reference)
     if not quiet:
-        stdout.print(f"{out}: what {len(slides)} slides score. Next: wsi-anomaly heatmap {results} --reference {out}")
+        line = f"{out}: what {len(slides)} slides score. Next: wsi-anomaly heatmap {results} --reference {out}"
+        stdout.print(line, markup=False, soft_wrap=True)
 
 
 def heatmap(
@@ -99,7 +100,9 @@ def heatmap(
     z_from: Annotated[
         Literal["model", "cohort"], typer.Option(help="'cohort': measure against all tiles of RESULTS (the paper).")
     ] = "model",
-    pipeline: p.PipelineName = "autoencoder",
+    pipeline: Annotated[
+        str | None, typer.Option("--pipeline", "-p", help="A pipeline whose [heatmap] options to use, not the model's.")
+    ] = None,
     quiet: p.Quiet = False,
     log_file: p.LogFile = None,
 ) -> None:

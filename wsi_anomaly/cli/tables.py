@@ -34,7 +34,8 @@ def print_slides(rows: Iterable[SlideRow], out: Path) -> None:
     for row in rows:
         if row.status != "done":
             stdout.print(f"{row.status}: {row.reason}", markup=False, highlight=False, soft_wrap=True)
-    stdout.print(f"Everything is in {out}: slides.csv, and slides/<slide_id>/ with heatmap.png and GeoJSON for QuPath.")
+    line = f"Everything is in {out}: slides.csv, and slides/<slide_id>/ with heatmap.png and GeoJSON for QuPath."
+    stdout.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def print_metrics(metrics: Mapping[str, Any]) -> None:

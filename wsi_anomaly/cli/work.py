@@ -35,7 +35,7 @@ def fit(
     with session(slides=len(cohort), quiet=quiet, log_file=log_file) as bars:
         _, failed = fit(cohort, load_pipeline(pipeline), out, resources=resources, listener=bars)
     if not quiet:
-        stdout.print(f"The model is in {out}. Next: wsi-anomaly run SLIDES --model {out}", markup=False)
+        stdout.print(f"The model is in {out}. Next: wsi-anomaly run SLIDES --model {out}", markup=False, soft_wrap=True)
     if failed:
         raise typer.Exit(1)
 
@@ -126,5 +126,10 @@ def demo(
 
 def _say_where_to_look(found: Any) -> None:  # noqa: ANN401 - its module is heavy and imported late
     folder = found.most_abnormal
-    stdout.print(f"\nThe most abnormal slide is [bold]{folder.slide_id}[/]. Look at {folder.heatmap_picture}.")
-    stdout.print(f"In QuPath: open {found.slide}, drag {folder.regions} onto it; the truth is {found.truth}.")
+    for line in (
+        f"The most abnormal slide is {folder.slide_id}. Look at its heat map: {folder.heatmap_picture}",
+        f"In QuPath, open {found.slide}",
+        f"and drag onto it what was found, {folder.regions}",
+        f"and what was planted, {found.truth}",
+    ):
+        stdout.print(line, markup=False, highlight=False, soft_wrap=True)

@@ -26,7 +26,7 @@ class TileBatch:
 
 @runtime_checkable
 class TileSource(Protocol):
-    """The readable tiles of many slides with random access. Reads only what is asked for, so it may be larger than memory."""
+    """The readable tiles of many slides. Reads only what is asked for, so it may be larger than memory."""
 
     @property
     def groups(self) -> Int64[np.ndarray, " tile"]:

@@ -25,7 +25,7 @@ class Pipeline(Options):
     name: str
     description: str = ""
     seed: int = Field(0, ge=0)
-    """Of every random choice: which slides are held out, the order of training, the noise of a tile."""
+    """Of which slides are held out and of the noise of a tile. How a detector learns has a seed of its own."""
     tissue: TissueOptions = TissueOptions()
     tiles: TileOptions = TileOptions()
     split: SplitOptions = SplitOptions()

@@ -10,7 +10,7 @@ from wsi_anomaly.pipeline.single import having
 from wsi_anomaly.stages.calibrate import Selection, calibrate
 from wsi_anomaly.stages.heatmap import HeatmapOptions
 from wsi_anomaly.storage.layout import RunFolder
-from wsi_anomaly.storage.model import read_model
+from wsi_anomaly.storage.model import Model, read_model
 from wsi_anomaly.storage.reference import Reference, read_reference, write_reference
 
 
@@ -23,7 +23,7 @@ class Choice:
 
 
 def choose_reference(
-    run: RunFolder, *, model: Path | None, reference: Path | None, z_from: ZFrom, pipeline: str
+    run: RunFolder, *, model: Path | None, reference: Path | None, z_from: ZFrom, pipeline: str | None
 ) -> Choice:
     """The user's reference file, the cohort's own statistics, or the model's reference; options of the model if given.
 
@@ -31,7 +31,7 @@ def choose_reference(
         OptionsError: nothing says what to measure against.
     """
     fitted = read_model(model) if model else None
-    options = (pipeline_of(fitted) if fitted else load_pipeline(pipeline)).heatmap
+    options = _options(fitted, pipeline)
     if z_from == "cohort":
         of_cohort = calibrate([Selection(slide) for slide in having(run, "score")], "the cohort under test")
         write_reference(run.reference, of_cohort)
@@ -43,3 +43,10 @@ def choose_reference(
     raise OptionsError(
         "heatmap: z-scores need something to measure against. Give --model, --reference or --z-from cohort"
     )
+
+
+def _options(model: Model | None, pipeline: str | None) -> HeatmapOptions:
+    """What the user names comes before what the model was fitted with."""
+    if pipeline:
+        return load_pipeline(pipeline).heatmap
+    return pipeline_of(model).heatmap if model else HeatmapOptions()

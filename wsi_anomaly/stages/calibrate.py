@@ -1,5 +1,6 @@
 """Stage `calibrate`: what scores does normal tissue have? Reads `scores.zarr` of normal slides; makes a reference."""
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -12,6 +13,10 @@ from wsi_anomaly.storage.layout import SlideFolder
 from wsi_anomaly.storage.record import read_record
 from wsi_anomaly.storage.reference import Reference, Source
 from wsi_anomaly.storage.scores import read_scores
+
+_FEW_TILES = 100
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +43,12 @@ def calibrate(selections: Sequence[Selection], source: Source) -> Reference:
     if len(names) != 1:
         raise ModelError(f"the slides hold scores of different detectors ({names}). Score them all with one model.")
     table, columns = np.concatenate(scores), names.pop()
+    if len(table) < _FEW_TILES:
+        log.warning(
+            "the reference is made of %d normal tiles: too few to know how much normal tissue varies, so that normal "
+            "tissue may get high z-scores. Add normal slides.",
+            len(table),
+        )
     try:
         described = {name: describe(column) for name, column in zip(columns, table.T, strict=True)}
     except ValueError as error:

@@ -5,7 +5,6 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Float32, Float64
-from pydantic import Field
 
 from wsi_anomaly.errors import ModelError
 from wsi_anomaly.imaging.geometry import Grid
@@ -28,7 +27,7 @@ class HeatmapOptions(Options):
 
     scores: tuple[str, ...] = ()
     """The detector's scores whose z-scores are averaged; empty means its first one."""
-    threshold_z: float = Field(3.0)
+    threshold_z: float = 2.0
     """Eroded z above which tissue belongs to a region."""
 
 
