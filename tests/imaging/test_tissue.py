@@ -355,3 +355,16 @@ def test_glass_at_the_edge_of_a_small_slide_is_not_a_hole() -> None:
     mask = tissue_mask(overview, TissueOptions())
     assert not mask[:8].any()
     assert mask[20:44, 20:44].all()
+
+
+def test_tinted_glass_beside_unscanned_white_is_not_tissue() -> None:
+    """A stitched slide: the reader paints white what was not scanned, and the resampled rim runs between both."""
+    overview = np.full((220, 260, 3), 255, np.uint8)
+    overview[40:200, 20:240] = (241, 236, 239)
+    overview[60:180, 50:210] = (200, 90, 150)
+    noise = np.random.default_rng(0).normal(0, 1.5, overview.shape)
+    blurred = ndimage.gaussian_filter(overview.astype(float) + noise * (overview < 255), (1, 1, 0))
+    mask = tissue_mask(np.clip(np.rint(blurred), 0, 255).astype(np.uint8), TissueOptions())
+    assert mask[70:170, 60:200].all()
+    assert not mask[40:50, 20:240].any()
+    assert not mask[:35].any()

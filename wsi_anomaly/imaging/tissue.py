@@ -38,6 +38,10 @@ GLASS_TINT = 12
 """More chroma than this in the brightest pixels is no lamp: the picture shows no glass."""
 GLASS_SPREAD = 12
 """How far below the brightest pixels glass goes down: noise and the darker corners of the field."""
+BRIGHT_RANGE = 40
+"""How far below the brightest pixels the glass of a stitched slide may lie."""
+PEAK_SHARE = 0.02
+"""So many pixels of one brightness are glass: tissue spreads over many."""
 GLASS_SHARE = 0.05
 """Less of a picture than this is the rim between white paint and the rest, not glass."""
 
@@ -144,7 +148,7 @@ def _glass_colour(
     top = int(darkest.max())
     # Readers paint white what the scanner did not visit, and overexposed glass is as white and as free of noise.
     painted, rest = darkest >= top - 1, darkest < top - 1
-    bright = rest & (darkest >= np.percentile(darkest[rest], 99.5) - GLASS_SPREAD) if rest.any() else rest
+    bright = rest & (darkest >= _brightest_level(darkest[rest], top) - GLASS_SPREAD) if rest.any() else rest
     white = _median_colour(sample[painted])
     if np.count_nonzero(bright) >= GLASS_SHARE * len(sample):
         glass = _median_colour(sample[bright])
@@ -153,6 +157,19 @@ def _glass_colour(
             white = glass
     white = white if np.ptp(white) <= GLASS_TINT else np.full(3, white.max(), np.float32)
     return np.maximum(white, 1)
+
+
+def _brightest_level(darkest: UInt8[np.ndarray, " pixel"], top: int) -> float:
+    """Where the brightest pixels lie: the 99.5th percentile, unless most of the bright ones lie clearly below.
+
+    White paint runs into what was scanned, and the rim reaches far above the glass.
+    """
+    brightest = float(np.percentile(darkest, 99.5))
+    lowest = max(0, top - BRIGHT_RANGE)
+    counts = np.bincount(darkest, minlength=256)[lowest:top]
+    peak = int(np.argmax(counts))
+    is_glass = counts[peak] >= PEAK_SHARE * len(darkest)
+    return min(brightest, lowest + peak + GLASS_SPREAD / 2) if is_glass else brightest
 
 
 def _median_colour(pixels: UInt8[np.ndarray, "pixel rgb"]) -> Float32[np.ndarray, " rgb"]:
