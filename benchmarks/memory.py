@@ -12,18 +12,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
-import openslide
+from fields import repeated, tissue_field
 from rich.console import Console
 from rich.table import Table
 
-from wsi_anomaly.synthetic import write_pyramid_from_tiles, write_slide
-
-FIELD_PX = 2048
-TILE_PX = 256
+from wsi_anomaly.synthetic import write_pyramid_from_tiles
 
 
 def main() -> None:
@@ -53,22 +48,6 @@ def compare(scratch: Path, side_px: int) -> None:
         tiles = (folder / "tiles").read_text()
         table.add_row(f"{side:,} px", size, tiles, f"{peaks[0]:.0f}", f"{peaks[1]:.0f}", f"{seconds[1]:.0f}")
     Console().print(table)
-
-
-def tissue_field(scratch: Path) -> np.ndarray:
-    """A square of made-up lymph node without glass."""
-    write_slide(scratch / "field.tif", seed=1, size_px=(2 * FIELD_PX, 2 * FIELD_PX))
-    with openslide.OpenSlide(scratch / "field.tif") as slide:
-        region = slide.read_region((FIELD_PX // 2, FIELD_PX // 2), 0, (FIELD_PX, FIELD_PX))
-    return np.asarray(region.convert("RGB"))
-
-
-def repeated(field: np.ndarray, side_px: int) -> Iterator[np.ndarray]:
-    """The tiles of a slide that repeats one field."""
-    for row in range(0, side_px, TILE_PX):
-        for column in range(0, side_px, TILE_PX):
-            y, x = row % FIELD_PX, column % FIELD_PX
-            yield field[y : y + min(TILE_PX, side_px - row), x : x + min(TILE_PX, side_px - column)]
 
 
 def measured(stage: str, folder: Path) -> tuple[float, float]:

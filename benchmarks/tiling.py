@@ -3,8 +3,9 @@
     python benchmarks/tiling.py [SLIDE] [--threads N] [--repeats N]
 
 Bare means no mask, no resampling, no status, no store: `read_region` alone, at the same places and level, thrown away.
-Without a slide, one is made (8,192 px at 0.5 µm/px, and the same declared 0.25 µm/px, which must be resampled).
-The two take turns, and the ratio is that of their medians, so that the machine's load touches both alike.
+Without a slide, three are made, of a few thousand tiles each, as real ones have: one whose level 0 is at 0.5 µm/px, one
+whose level 1 is, and one of 0.35 µm/px, which must be resampled. The two take turns, and the ratio is that of their
+medians, so that the machine's load touches both alike.
 """
 
 import argparse
@@ -17,6 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import openslide
+from fields import repeated, tissue_field
 from rich.console import Console
 from rich.table import Table
 
@@ -27,7 +29,7 @@ from wsi_anomaly.stages.tile import TileOptions, tile_slide
 from wsi_anomaly.storage.layout import SlideFolder
 from wsi_anomaly.storage.record import remove
 from wsi_anomaly.storage.tiles import TileStore
-from wsi_anomaly.synthetic import write_slide
+from wsi_anomaly.synthetic import write_pyramid_from_tiles
 
 
 def main() -> None:
@@ -46,10 +48,12 @@ def main() -> None:
 
 
 def made_slides(folder: Path) -> list[Path]:
-    """One slide whose level 0 has the mpp of the tiles, and one that must be resampled."""
-    for mpp in (0.5, 0.25):
-        write_slide(folder / f"mpp_{mpp}.tif", seed=1, size_px=(8192, 8192), mpp=mpp)
-    return sorted(folder.glob("*.tif"), reverse=True)
+    """Slides that repeat one field of made-up tissue."""
+    field = tissue_field(folder)
+    slides = {folder / f"mpp_{mpp}.tif": (mpp, side) for mpp, side in ((0.5, 24576), (0.25, 49152), (0.35, 24576))}
+    for path, (mpp, side) in slides.items():
+        write_pyramid_from_tiles(path, repeated(field, side), size_px=(side, side), mpp=mpp)
+    return list(slides)
 
 
 def compare(path: Path, scratch: Path, *, threads: int, repeats: int) -> list[str]:

@@ -2,6 +2,7 @@ import logging
 import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import pytest
 
@@ -52,7 +53,7 @@ def test_results_come_in_order_and_only_a_few_wait() -> None:
         return item
 
     with ThreadPoolExecutor(2) as executor:
-        for position, (item, future) in enumerate(in_order(executor, note, range(100), ahead=3)):
+        for position, (item, future) in enumerate(in_order(partial(executor.submit, note), range(100), ahead=3)):
             assert future.result() == item == position
             assert len(started) <= position + 4
 

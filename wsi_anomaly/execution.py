@@ -68,15 +68,15 @@ class SerialExecutor(Executor):
 
 
 def in_order(
-    executor: Executor, function: Callable[[Item], Result], items: Iterable[Item], *, ahead: int
+    submit: Callable[[Item], Future[Result]], items: Iterable[Item], *, ahead: int
 ) -> Iterator[tuple[Item, Future[Result]]]:
-    """The futures of calls in the order of `items`, at most `ahead` of them not yet taken.
+    """What `submit` makes of the items, in their order, at most `ahead` of them not yet taken.
 
     `Executor.map` would start all calls at once and keep every result that nobody has taken.
     """
     waiting: deque[tuple[Item, Future[Result]]] = deque()
     for item in items:
-        waiting.append((item, executor.submit(function, item)))
+        waiting.append((item, submit(item)))
         if len(waiting) > ahead:
             yield waiting.popleft()
     yield from waiting
@@ -85,7 +85,7 @@ def in_order(
 def read_ahead(function: Callable[[Item], Result], items: Iterable[Item], *, threads: int) -> Iterator[Result]:
     """`map` over threads, in order, where only a few results wait to be taken."""
     with ThreadPoolExecutor(threads) as executor:
-        for _, future in in_order(executor, function, items, ahead=2 * threads):
+        for _, future in in_order(lambda item: executor.submit(function, item), items, ahead=2 * threads):
             yield future.result()
 
 

@@ -74,6 +74,10 @@ def validate_geojson(
     for file in files:
         report = validate(file)
         rejected |= bool(report.errors)
+        verdict = "QuPath rejects it" if report.errors else "QuPath reads it"
+        counts = f"{report.features:,} features, {report.errors:,} errors, {report.warnings:,} warnings"
+        for line in (f"{file}: {counts}. {verdict}.", *(f"  {fault}" for fault in report.faults)):
+            stdout.print(line, markup=False, highlight=False, soft_wrap=True)
     if rejected:
         raise typer.Exit(1)
 

@@ -4,14 +4,16 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 from wsi_anomaly.cohort import CohortSlide
+from wsi_anomaly.errors import WsiAnomalyError
 from wsi_anomaly.execution import Progress, Resources, SerialExecutor, in_order, report
 from wsi_anomaly.imaging.tissue import TissueOptions
 from wsi_anomaly.pipeline.preset import Pipeline
-from wsi_anomaly.stages.mask import mask_slide
-from wsi_anomaly.stages.tile import TileOptions, tile_slide
+from wsi_anomaly.stages.mask import mask_is_current, mask_slide
+from wsi_anomaly.stages.tile import TileOptions, tile_slide, tiles_are_current
 from wsi_anomaly.storage.layout import RunFolder, SlideFolder
 
 Step = Literal["mask", "tile"]
@@ -52,8 +54,24 @@ def prepare_all(
     ]
     # Run serially, a slide is prepared when its turn comes; otherwise the processes stay busy and a little ahead.
     ahead = 0 if isinstance(executor, SerialExecutor) else count + 1
-    for preparation, future in in_order(executor, prepare, preparations, ahead=ahead):
+    for preparation, future in in_order(partial(_submit, executor), preparations, ahead=ahead):
         yield preparation.slide, future
+
+
+def _submit(executor: Executor, preparation: Preparation) -> Future[float]:
+    """To another process only if there is something to do: starting one takes longer than finding that out."""
+    if _is_prepared(preparation):
+        return SerialExecutor().submit(prepare, preparation)
+    return executor.submit(prepare, preparation)
+
+
+def _is_prepared(preparation: Preparation) -> bool:
+    slide, folder = preparation.slide, preparation.folder
+    try:
+        masked = "mask" not in preparation.steps or mask_is_current(slide, folder, preparation.tissue)
+        return masked and ("tile" not in preparation.steps or tiles_are_current(folder, preparation.tiles))
+    except WsiAnomalyError:
+        return False  # what is wrong is told when the slide's turn comes
 
 
 def prepare(preparation: Preparation) -> float:

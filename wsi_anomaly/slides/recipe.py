@@ -86,7 +86,7 @@ def choose_recipe(
     if max(level_mpp) > mpp * max_upsampling:
         raise SlideError(
             f"{name}: its finest level has {max(level_mpp):.4g} µm/px, too coarse for the {mpp:.4g} µm/px asked for. "
-            "Leave the slide out, or work at a coarser mpp."
+            "Leave the slide out, work at a coarser mpp, or allow it: max_upsampling in [tiles] of the pipeline file."
         )
     equal = all(math.isclose(axis_mpp, mpp, rel_tol=_MPP_TOLERANCE) for axis_mpp in level_mpp)
     return ReadRecipe(

@@ -61,6 +61,11 @@ def mask_slide(slide: CohortSlide, folder: SlideFolder, options: TissueOptions) 
     return read_record(folder.root, "mask")
 
 
+def mask_is_current(slide: CohortSlide, folder: SlideFolder, options: TissueOptions) -> bool:
+    """Whether `mask_slide` would have nothing to do."""
+    return current_record(folder.root, _recipe(slide, options)) is not None
+
+
 def _recipe(slide: CohortSlide, options: TissueOptions) -> Recipe:
     inputs = {"slide": fingerprint(slide.path)}
     if slide.mask:

@@ -8,7 +8,8 @@ import numpy as np
 import zarr
 from jaxtyping import Bool, Float32, Shaped, UInt8
 
-from wsi_anomaly.storage.arrays import COMPRESSOR, ShardedArray, open_arrays, read_array
+from wsi_anomaly.storage.arrays import COMPRESSOR, open_arrays, read_array
+from wsi_anomaly.storage.shards import ShardedArray
 
 
 class ScoreWriter:
@@ -52,10 +53,10 @@ class ScoreWriter:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        """Write the rest, and what is known only at the end; nothing more after an error."""
+        """Write what is known only at the end."""
         for array in (self._maps, self._reconstructions):
             if array is not None:
-                array.close() if kind is None else array.abandon()
+                array.close()
         if kind is None:
             self._group.create_array("scores", data=np.concatenate(self._scores), compressors=COMPRESSOR)
 

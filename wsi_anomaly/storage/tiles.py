@@ -5,7 +5,7 @@ one chunk holds one tile, so that a store has few files and any tile can be read
 """
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from functools import cached_property
@@ -18,7 +18,8 @@ from jaxtyping import Bool, Float32, Int32, Int64, UInt8, UInt64
 from pydantic import TypeAdapter
 
 from wsi_anomaly.imaging.geometry import Grid
-from wsi_anomaly.storage.arrays import COMPRESSOR, ShardedArray, open_arrays
+from wsi_anomaly.storage.arrays import COMPRESSOR, open_arrays
+from wsi_anomaly.storage.shards import ShardedArray
 
 _GRID = TypeAdapter(Grid)
 
@@ -48,7 +49,7 @@ class TilePlaces:
 
 
 class TileWriter:
-    """Fills a new store tile by tile; its memory does not grow with the slide."""
+    """Fills a new store run by run; its memory does not grow with the slide."""
 
     def __init__(self, path: Path, places: TilePlaces, *, tile_px: int, attributes: Mapping[str, Any]) -> None:
         self.slide_id = str(attributes["slide_id"])
@@ -58,21 +59,19 @@ class TileWriter:
         for name in ("origins", "cells", "tissue_fraction"):
             self._group.create_array(name, data=getattr(places, name), compressors=COMPRESSOR)
 
-    def append(self, pixels: UInt8[np.ndarray, "y x rgb"], status: TileStatus) -> None:
-        """The next tile in the order of the places."""
-        self._pixels.append(pixels[None])
-        self._status.append(status)
+    def append(self, chunks: Sequence[bytes], status: Sequence[TileStatus]) -> None:
+        """The next tiles in the order of the places: their pixels as `shards.compressed` makes them."""
+        self._pixels.append_compressed(chunks)
+        self._status.extend(status)
 
     def __enter__(self) -> "TileWriter":  # noqa: PYI034 - the type checker of the tests cannot check Self
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        """Write the rest, and what is known only at the end; nothing more after an error."""
-        if kind is not None:
-            self._pixels.abandon()
-            return
+        """Write what is known only at the end."""
         self._pixels.close()
-        self._group.create_array("status", data=np.array(self._status, np.uint8), compressors=COMPRESSOR)
+        if kind is None:
+            self._group.create_array("status", data=np.array(self._status, np.uint8), compressors=COMPRESSOR)
 
 
 class TileStore:
