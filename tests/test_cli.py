@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 
 from wsi_anomaly import __version__
 from wsi_anomaly.cli.app import app, main
+from wsi_anomaly.storage.slide_table import read_slide_table
 from wsi_anomaly.synthetic import write_slide
 
 PIPELINE = """
@@ -151,6 +152,30 @@ def test_slides_without_mpp_are_done_when_the_user_gives_it(workplace: Path, tmp
     assert command("run", path.parent, "-m", model, "-o", results, "--mpp", 0.5)[0] == 0
     (tmp_path / "cohort.csv").write_text("slide_id,path,mpp\nbare,slides/bare.tif,0.5\n")
     assert command("run", tmp_path / "cohort.csv", "-m", model, "-o", results)[0] == 0
+
+
+def test_the_real_slides_end_as_they_should(workplace: Path, tmp_path: Path, shared_data: Path) -> None:
+    """Each format and each fault of the shared folder; two more slides are done when a table gives their mpp."""
+    model = workplace / "model"
+    assert command("run", shared_data / "slides", "-m", model, "-o", tmp_path / "all")[0] == 1
+    rows = read_slide_table(tmp_path / "all" / "slides.csv")
+    assert rows["cmu-1-small-region"].status == "done"
+    assert (tmp_path / "all" / "slides" / "cmu-1-small-region" / "heatmap.png").exists()
+    assert "--mpp" in rows["kidney-48-5"].reason
+    assert "--mpp" in rows["tcga-cr-7395-01a-01-ts1"].reason
+    assert "too coarse" in rows["camelyon_overview"].reason
+    assert "not a slide" in rows["broken"].reason
+    assert rows["fluorescence 2 (560)"].status == "done" or "no tissue" in rows["fluorescence 2 (560)"].reason
+    assert command("run", shared_data / "slides" / "cohort.csv", "-m", model, "-o", tmp_path / "table")[0] == 0
+    assert set(read_slide_table(tmp_path / "table" / "slides.csv")) == {"cmu-1", "tcga-cr-7395", "kidney-48-5"}
+
+
+def test_a_dark_slide_is_warned_of(workplace: Path, tmp_path: Path, shared_data: Path) -> None:
+    """Fluorescence is not stained brightfield."""
+    slide = shared_data / "slides" / "fluorescence 2 (560).ndpi"
+    log = tmp_path / "log.jsonl"
+    command("run", slide, "-m", workplace / "model", "-o", tmp_path / "results", "--log-file", log)
+    assert "does not look like a stained brightfield slide" in log.read_text()
 
 
 @pytest.mark.parametrize("mpp", [0, -1, 1e6])

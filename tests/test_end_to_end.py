@@ -1,5 +1,6 @@
 """The whole way on small made-up slides: fit, run, run again, kill, damage."""
 
+import gzip
 import hashlib
 import json
 import os
@@ -8,15 +9,18 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from wsi_anomaly.cohort import CohortSlide, read_cohort
 from wsi_anomaly.errors import CohortError, LockedOutputError, ModelError, OutputError
 from wsi_anomaly.execution import Progress, Resources
 from wsi_anomaly.pipeline import fit, load_pipeline, run
+from wsi_anomaly.pipeline.demonstration import demonstrate
 from wsi_anomaly.stages.evaluate import evaluate
 from wsi_anomaly.storage.arrays import read_array, read_attributes
 from wsi_anomaly.storage.layout import RunFolder
@@ -24,7 +28,7 @@ from wsi_anomaly.storage.lock import locked
 from wsi_anomaly.storage.model import Model, read_model
 from wsi_anomaly.storage.slide_table import read_slide_table
 from wsi_anomaly.storage.tiles import TileStore
-from wsi_anomaly.synthetic import Cohort, write_cohort
+from wsi_anomaly.synthetic import Cohort, write_cohort, write_pyramid
 
 PIPELINE = """
 name = "tiny"
@@ -437,3 +441,75 @@ def test_a_cohort_of_training_slides_leaves_nothing_to_test(cohort: Cohort, mode
     table.write_text(f"path,split\n{cohort.normal_slides[0]},train\n")
     with pytest.raises(CohortError, match="none to test"):
         run(read_cohort([table]), model, tmp_path / "results", resources=RESOURCES, listener=ignore)
+
+
+def test_a_slide_without_tissue_has_failed(model: Model, tmp_path: Path) -> None:
+    """It is no empty success."""
+    write_pyramid(tmp_path / "glass.tif", np.full((600, 600, 3), 243, np.uint8), mpp=0.5)
+    summary = run(
+        read_cohort([tmp_path / "glass.tif"]), model, tmp_path / "results", resources=RESOURCES, listener=ignore
+    )
+    assert "no tissue" in summary.failed[0].reason
+
+
+def test_a_truncated_slide_has_failed_or_says_what_it_lost(cohort: Cohort, model: Model, tmp_path: Path) -> None:
+    """Half a file is never scored as if it were whole."""
+    whole = cohort.test_slides[1].read_bytes()
+    (tmp_path / "half.tif").write_bytes(whole[: len(whole) // 2])
+    summary = run(
+        read_cohort([tmp_path / "half.tif"]), model, tmp_path / "results", resources=RESOURCES, listener=ignore
+    )
+    row = summary.rows[0]
+    assert row.status == "failed" or row.corrupt_tiles
+    assert "internal error" not in row.reason
+
+
+@pytest.mark.parametrize("kind", ["picture", "outlines"])
+def test_a_users_mask_takes_the_place_of_the_tissue_detection(
+    cohort: Cohort, model: Model, tmp_path: Path, kind: str
+) -> None:
+    """Only the right half is tiled."""
+    slide = cohort.test_slides[0]
+    if kind == "picture":
+        mask = tmp_path / "mask.png"
+        Image.fromarray(np.repeat([[0, 255]], 64, axis=0).repeat(32, axis=1).astype(np.uint8)).save(mask)
+    else:
+        mask = tmp_path / "mask.geojson"
+        ring = [[512, 0], [1024, 0], [1024, 1024], [512, 1024], [512, 0]]
+        geometry = {"type": "Polygon", "coordinates": [ring]}
+        mask.write_text(json.dumps({"type": "Feature", "geometry": geometry, "properties": {}}))
+    (tmp_path / "cohort.csv").write_text(f"slide_id,path,mask\nmasked,{slide},{mask}\n")
+    summary = run(
+        read_cohort([tmp_path / "cohort.csv"]), model, tmp_path / "results", resources=RESOURCES, listener=ignore
+    )
+    origins = TileStore(summary.folder.slide("masked").tiles).places.origins
+    assert len(origins) == 8 * 16
+    assert origins[:, 0].min() == 512
+
+
+def test_a_slide_with_bounds_is_tiled_within_them_and_exported_as_qupath_sees_it(
+    cohort: Cohort, model: Model, tmp_path: Path, drop_tiles: Callable[[Path, list[int]], None]
+) -> None:
+    """QuPath crops to the bounds: its frame begins where they do, the CSV keeps to the file's."""
+    slide = Path(shutil.copy(cohort.test_slides[1], tmp_path / "sparse.tif"))
+    drop_tiles(slide, [0, 1, 2, 3, 4, 8, 12])  # the upper row and the left column of 4 x 4
+    folder = run(read_cohort([slide]), model, tmp_path / "results", resources=RESOURCES, listener=ignore).folder
+    outputs = folder.slide("sparse")
+    places = TileStore(outputs.tiles).places
+    assert places.origins.min(axis=0).tolist() == [256, 256]
+    with gzip.open(outputs.root / "sparse.tiles.geojson.gz", "rt") as file:
+        exported = json.load(file)
+    corners = np.array([feature["geometry"]["coordinates"][0][0] for feature in exported["features"]])
+    assert (corners == places.origins - 256).all()
+    assert exported["wsi_anomaly"]["bounds"] == [256, 256, 768, 768]
+
+
+@pytest.mark.slow
+def test_the_demo_finds_what_it_planted(tmp_path: Path) -> None:
+    """Slide AUROC 1.0, tile AUROC at least 0.95, on the slides that every newcomer sees."""
+    found = demonstrate(tmp_path, resources=Resources(device="cpu"), listener=ignore)
+    assert found.metrics["slide_auroc_z_max"] == 1.0
+    assert found.metrics["slide_auroc_z_99"] == 1.0
+    assert (found.metrics["tile_auroc"] or 0.0) >= 0.95
+    assert found.most_abnormal.regions.exists()
+    assert found.truth.exists()

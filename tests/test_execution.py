@@ -1,7 +1,8 @@
 import logging
 import os
+import signal
 import threading
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import BrokenExecutor, ThreadPoolExecutor
 from functools import partial
 
 import pytest
@@ -29,6 +30,20 @@ def test_processes_report_and_log_to_the_process_that_started_them(caplog: pytes
     assert os.getpid() not in pids
     assert sorted(progress.slide_id for progress in heard) == ["0", "1", "2", "3"]
     assert "working on 3" in caplog.text
+
+
+def die(number: int) -> int:
+    """Work that takes its process with it."""
+    if number == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return number
+
+
+def test_a_pool_outlives_its_processes() -> None:
+    """What comes after a crash is worked on."""
+    with processes(2, lambda _: None) as executor:
+        assert isinstance(executor.submit(die, 0).exception(), BrokenExecutor)
+        assert executor.submit(die, 7).result() == 7
 
 
 def test_one_process_is_this_one() -> None:

@@ -11,8 +11,9 @@ import os
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import BrokenExecutor, Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 Item = TypeVar("Item")
@@ -67,6 +68,26 @@ class SerialExecutor(Executor):
         return future
 
 
+class LastingPool(Executor):
+    """A pool of processes that is made anew when one of them dies (killed for its memory, or crashed in a library)."""
+
+    def __init__(self, make: Callable[[], Executor]) -> None:
+        self._make = make
+        self._pool = make()
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:  # noqa: ANN401
+        """See `Executor`; calls that were waiting when a process died end with `BrokenExecutor`."""
+        try:
+            return self._pool.submit(fn, *args, **kwargs)
+        except BrokenExecutor:
+            self._pool = self._make()
+            return self._pool.submit(fn, *args, **kwargs)
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:  # noqa: FBT001, FBT002 - see Executor
+        """See `Executor`."""
+        self._pool.shutdown(wait, cancel_futures=cancel_futures)
+
+
 def in_order(
     submit: Callable[[Item], Future[Result]], items: Iterable[Item], *, ahead: int
 ) -> Iterator[tuple[Item, Future[Result]]]:
@@ -101,8 +122,11 @@ def processes(count: int, listener: Listener) -> Iterator[Executor]:
     thread = threading.Thread(target=_forward, args=(channel, listener), daemon=True)
     thread.start()
     level = logging.getLogger().getEffectiveLevel()
+    pool = LastingPool(
+        partial(ProcessPoolExecutor, count, mp_context=context, initializer=_connect, initargs=(channel, level))
+    )
     try:
-        with ProcessPoolExecutor(count, mp_context=context, initializer=_connect, initargs=(channel, level)) as pool:
+        with pool:
             yield pool
     finally:
         channel.put(None)

@@ -39,7 +39,7 @@ FRAME = SlideFrame(
     mpp=(0.25, 0.25),
     mpp_source="metadata",
 )
-ORIGIN = Origin(detector="autoencoder", threshold_z=3.0, run="r1")
+ORIGIN = Origin(detector="autoencoder", threshold_z=3.0, run="r1", z_from="held-out normal slides")
 
 
 def tiles_at(*origins: tuple[int, int], z: list[float] | None = None) -> TileTable:
@@ -132,6 +132,7 @@ def test_the_origin_of_the_objects_is_told_before_them(tmp_path: Path) -> None:
         "run": "r1",
         "detector": "autoencoder",
         "threshold_z": 3.0,
+        "z_from": "held-out normal slides",
         "frame": "openslide-bounds",
         "level0_size": [9000, 8000],
         "bounds": [1000, 2000, 3000, 4000],
@@ -245,7 +246,7 @@ index = np.arange(250_000)
 table = TileTable(index, np.stack([index % 500, index // 500], axis=1) * 16, (16, 16), np.zeros(len(index)), {})
 frame = SlideFrame("S1", "S1.svs", (8000, 8000), (0, 0, 8000, 8000), False, (0.5, 0.5), "metadata")
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-write_tiles(Path(sys.argv[1]), frame, table, Origin("a", 3.0, "r"))
+write_tiles(Path(sys.argv[1]), frame, table, Origin("a", 3.0, "r", "normal"))
 growth = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
 print(growth * (1 if sys.platform == 'darwin' else 1024))
 """

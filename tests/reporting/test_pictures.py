@@ -10,7 +10,7 @@ from PIL import Image
 from wsi_anomaly.reporting.colours import z_colours
 from wsi_anomaly.reporting.pictures import ZSummary, _edges, _round_length, write_heatmap, write_overview
 
-SUMMARY = ZSummary(z_max=9.0, z_99=4.0, threshold_z=3.0, area_over_um2=1.25e6)
+SUMMARY = ZSummary(z_max=9.0, z_99=4.0, threshold_z=3.0, area_over_um2=1.25e6, z_from="held-out normal slides")
 
 
 def glass(rows: int = 300, columns: int = 200) -> Any:

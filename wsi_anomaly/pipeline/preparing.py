@@ -2,13 +2,13 @@
 
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Executor, Future
+from concurrent.futures import BrokenExecutor, Executor, Future
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
 from wsi_anomaly.cohort import CohortSlide
-from wsi_anomaly.errors import WsiAnomalyError
+from wsi_anomaly.errors import SlideError, WsiAnomalyError
 from wsi_anomaly.execution import Progress, Resources, SerialExecutor, in_order, report
 from wsi_anomaly.imaging.tissue import TissueOptions
 from wsi_anomaly.pipeline.preset import Pipeline
@@ -55,7 +55,25 @@ def prepare_all(
     # Run serially, a slide is prepared when its turn comes; otherwise the processes stay busy and a little ahead.
     ahead = 0 if isinstance(executor, SerialExecutor) else count + 1
     for preparation, future in in_order(partial(_submit, executor), preparations, ahead=ahead):
-        yield preparation.slide, future
+        if isinstance(future.exception(), BrokenExecutor):
+            # A process died, and took with it the slides that waited: only one of them is to blame.
+            yield preparation.slide, _alone(executor, preparation)
+        else:
+            yield preparation.slide, future
+
+
+def _alone(executor: Executor, preparation: Preparation) -> Future[float]:
+    """A second try, while no other slide is being prepared."""
+    future = executor.submit(prepare, preparation)
+    if isinstance(future.exception(), BrokenExecutor):
+        future = Future()
+        future.set_exception(
+            SlideError(
+                f"{preparation.slide.slide_id}: the process that read it died twice: too little memory, or the file "
+                "crashes the slide library. Use fewer --workers, or convert the slide to OME-TIFF."
+            )
+        )
+    return future
 
 
 def _submit(executor: Executor, preparation: Preparation) -> Future[float]:

@@ -72,6 +72,8 @@ class Origin:
     threshold_z: float
     run: str
     """Something that names the run: a folder name, a digest."""
+    z_from: str
+    """What z-scores are measured against."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -256,6 +258,7 @@ def _provenance(frame: SlideFrame, origin: Origin, part: tuple[int, int]) -> dic
         "run": origin.run,
         "detector": origin.detector,
         "threshold_z": origin.threshold_z,
+        "z_from": origin.z_from,
         "frame": "openslide-bounds" if frame.has_bounds else "level-0",
         "level0_size": frame.size_level0_px,
         "bounds": frame.bounds_level0_px,

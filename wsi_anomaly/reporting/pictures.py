@@ -36,6 +36,8 @@ class ZSummary:
     threshold_z: float
     area_over_um2: float
     """Of the tissue at or above the threshold."""
+    z_from: str
+    """What z-scores are measured against."""
 
 
 def write_overview(
@@ -80,7 +82,8 @@ def write_heatmap(
     _write_header(
         page,
         slide_id,
-        f"Z_MAX {summary.z_max:.2f}     Z_99 {summary.z_99:.2f}     {area} at z ≥ {summary.threshold_z:g} (outlined)",
+        f"Z_MAX {summary.z_max:.2f}     Z_99 {summary.z_99:.2f}     {area} at z ≥ {summary.threshold_z:g} (outlined)"
+        f"     measured against {summary.z_from}",
     )
     small = _shrunk(overview, page)
     plain, coloured = page.panels

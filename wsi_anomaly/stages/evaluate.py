@@ -1,6 +1,6 @@
 """Stage `evaluate`: do findings agree with what people say? Reads heat maps, labels, outlines; writes metrics."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +8,7 @@ from jaxtyping import Float64
 
 from wsi_anomaly.annotations import area_fractions, read_labels, read_outlines
 from wsi_anomaly.errors import AnnotationError, MissingOutputError
-from wsi_anomaly.imaging.metrics import auroc
+from wsi_anomaly.imaging.metrics import auroc, dice, iou, tnr
 from wsi_anomaly.storage.arrays import read_array, read_attributes
 from wsi_anomaly.storage.layout import RunFolder, SlideFolder
 from wsi_anomaly.storage.record import find_record, write_json
@@ -74,7 +74,24 @@ def _tile_level(slides: Mapping[str, SlideFolder], annotations: Path) -> Metrics
         "tiles": int(certain.sum()),
         "abnormal_tiles": int(truth.sum()),
         "tile_auroc": auroc(all_z[certain], truth),
+        **_segmentation(list(slides.values()), share),
     }
+
+
+def _segmentation(slides: Sequence[SlideFolder], share: Sequence[Float64[np.ndarray, " tile"]]) -> Metrics:
+    """Eroded z over 0 against the tiles that an outline touches: means over slides, as AnoPILaD reports them."""
+    dices, ious, tnrs = [], [], []
+    for folder, inside in zip(slides, share, strict=True):
+        store = TileStore(folder.tiles)
+        rows, columns = store.places.cells[store.readable].T
+        found, truth = read_array(folder.heatmap, "z_eroded")[rows, columns] > 0, inside[store.readable] > 0
+        if truth.any():
+            dices.append(dice(found, truth))
+            ious.append(iou(found, truth))
+        elif (specificity := tnr(found, truth)) is not None:
+            tnrs.append(specificity)
+    measures = {"dice_abnormal_slides": dices, "iou_abnormal_slides": ious, "tnr_normal_slides": tnrs}
+    return {name: float(np.mean(values)) if values else None for name, values in measures.items()}
 
 
 def _share_inside(folder: SlideFolder, outlines: Path) -> Float64[np.ndarray, " tile"]:

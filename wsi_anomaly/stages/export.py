@@ -35,6 +35,7 @@ def export_slide(folder: SlideFolder) -> Record:
         detector=str(read_attributes(folder.scores)["detector"]),
         threshold_z=facts["threshold_z"],
         run=heatmap.digest[:16],
+        z_from=facts["z_from"],
     )
     frame = _frame(store.attributes)
     with writing(folder.root, recipe) as work:

@@ -103,5 +103,6 @@ def _write_picture(
             z_99=facts["z_99"],
             threshold_z=facts["threshold_z"],
             area_over_um2=facts["area_over_threshold_um2"],
+            z_from=facts["z_from"],
         ),
     )
