@@ -7,7 +7,16 @@ from functools import partial
 
 import pytest
 
-from wsi_anomaly.execution import Progress, Resources, SerialExecutor, in_order, processes, read_ahead, report
+from wsi_anomaly.execution import (
+    Progress,
+    Resources,
+    SerialExecutor,
+    in_order,
+    listening,
+    processes,
+    read_ahead,
+    report,
+)
 
 
 def tell(number: int) -> int:
@@ -25,7 +34,7 @@ def fail(_: int) -> None:
 def test_processes_report_and_log_to_the_process_that_started_them(caplog: pytest.LogCaptureFixture) -> None:
     """A user sees what happens, wherever it happens."""
     heard: list[Progress] = []
-    with processes(2, heard.append) as executor:
+    with listening(heard.append), processes(2) as executor:
         pids = {executor.submit(tell, number).result() for number in range(4)}
     assert os.getpid() not in pids
     assert sorted(progress.slide_id for progress in heard) == ["0", "1", "2", "3"]
@@ -41,7 +50,7 @@ def die(number: int) -> int:
 
 def test_a_pool_outlives_its_processes() -> None:
     """What comes after a crash is worked on."""
-    with processes(2, lambda _: None) as executor:
+    with processes(2) as executor:
         assert isinstance(executor.submit(die, 0).exception(), BrokenExecutor)
         assert executor.submit(die, 7).result() == 7
 
@@ -49,9 +58,19 @@ def test_a_pool_outlives_its_processes() -> None:
 def test_one_process_is_this_one() -> None:
     """The shortest call chain."""
     heard: list[Progress] = []
-    with processes(1, heard.append) as executor:
+    with listening(heard.append), processes(1) as executor:
         assert executor.submit(tell, 7).result() == os.getpid()
     assert heard == [Progress("tile", "7", 7, 10)]
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_this_process_reports_too_and_only_as_long_as_somebody_listens(count: int) -> None:
+    """Scoring happens here while slides are read elsewhere."""
+    heard: list[Progress] = []
+    with listening(heard.append), processes(count):
+        report(Progress("score", "a", 1, 2))
+    report(Progress("score", "a", 2, 2))
+    assert heard == [Progress("score", "a", 1, 2)]
 
 
 def test_a_serial_executor_hands_errors_on() -> None:

@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
 
+_PACKAGE = __name__.partition(".")[0]
+
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
@@ -111,22 +113,29 @@ def read_ahead(function: Callable[[Item], Result], items: Iterable[Item], *, thr
 
 
 @contextlib.contextmanager
-def processes(count: int, listener: Listener) -> Iterator[Executor]:
-    """An executor with `count` processes (none for 1) whose log and `report`s arrive here."""
+def listening(listener: Listener) -> Iterator[None]:
+    """Whatever is `report`ed inside the block, here or in processes started here, goes to the listener."""
+    before, _here.listener = _here.listener, listener
+    try:
+        yield
+    finally:
+        _here.listener = before
+
+
+@contextlib.contextmanager
+def processes(count: int) -> Iterator[Executor]:
+    """An executor with `count` processes (none for 1), whose log and reports arrive here."""
     if count == 1:
-        _here.listener = listener
         yield SerialExecutor()
         return
     context = multiprocessing.get_context("spawn")  # forking a process with threads may deadlock
     channel = context.Queue()
-    thread = threading.Thread(target=_forward, args=(channel, listener), daemon=True)
+    thread = threading.Thread(target=_forward, args=(channel,), daemon=True)
     thread.start()
-    level = logging.getLogger().getEffectiveLevel()
-    pool = LastingPool(
-        partial(ProcessPoolExecutor, count, mp_context=context, initializer=_connect, initargs=(channel, level))
-    )
+    level = logging.getLogger(_PACKAGE).getEffectiveLevel()
+    start = partial(ProcessPoolExecutor, count, mp_context=context, initializer=_connect, initargs=(channel, level))
     try:
-        with pool:
+        with LastingPool(start) as pool:
             yield pool
     finally:
         channel.put(None)
@@ -152,14 +161,14 @@ _here = _Here()
 def _connect(channel: Any, level: int) -> None:  # noqa: ANN401 - multiprocessing names no queue type
     """In a new process: send log records and progress through the channel."""
     _here.listener = channel.put
+    logging.getLogger(_PACKAGE).setLevel(level)
     root = logging.getLogger()
-    root.setLevel(level)
     root.handlers = [logging.handlers.QueueHandler(channel)]
 
 
-def _forward(channel: Any, listener: Listener) -> None:  # noqa: ANN401
+def _forward(channel: Any) -> None:  # noqa: ANN401
     while (message := channel.get()) is not None:
         if isinstance(message, logging.LogRecord):
             logging.getLogger(message.name).handle(message)
         else:
-            listener(message)
+            report(message)

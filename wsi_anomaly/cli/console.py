@@ -75,7 +75,7 @@ class _Bar:
     def __init__(self, task: TaskID, total: int | None) -> None:
         self.task = task
         self.total = total
-        self._started = time.monotonic()
+        self._started = self._latest = time.monotonic()
         self._finished: set[str] = set()
         self._tiles: dict[str, tuple[int, int]] = {}
 
@@ -92,11 +92,12 @@ class _Bar:
             self.total = self.total or 1
         else:
             self._tiles[progress.slide_id] = (progress.tiles_done, progress.tiles_total)
+            self._latest = time.monotonic()
 
     def counts(self) -> str:
         """Slides and tiles done, and the rate."""
         tiles = sum(done for done, _ in self._tiles.values())
-        rate = tiles / max(time.monotonic() - self._started, 1e-9)
+        rate = tiles / max(self._latest - self._started, 1.0)  # over a second at least: the first report is no rate
         slides = f"{len(self._finished)}/{self.total} slides  " if self.total and self.total > 1 else ""
         return f"{slides}{tiles:,} tiles  {rate:,.0f}/s" if tiles else slides
 

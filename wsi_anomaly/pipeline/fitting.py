@@ -8,7 +8,7 @@ from pathlib import Path
 from wsi_anomaly.cohort import CohortSlide
 from wsi_anomaly.detectors.protocol import Scorer
 from wsi_anomaly.errors import CohortError, OutputError
-from wsi_anomaly.execution import Listener, Progress, Resources, processes, report
+from wsi_anomaly.execution import Listener, Progress, Resources, listening, processes, report
 from wsi_anomaly.pipeline.ledger import Ledger
 from wsi_anomaly.pipeline.preparing import prepare_all, process_count
 from wsi_anomaly.pipeline.preset import Pipeline, build_detector
@@ -42,8 +42,8 @@ def fit(
     model = ModelFolder(out)
     _check_vacant(model)
     shop = model.workshop
-    with writable(shop.root), locked(shop.lock):
-        ledger = _prepare(slides, shop, pipeline, resources, listener)
+    with writable(shop.root), locked(shop.lock), listening(listener):
+        ledger = _prepare(slides, shop, pipeline, resources)
         usable = [shop.slide(slide.slide_id) for slide in slides if ledger.is_well(slide.slide_id)]
         if not usable:
             raise CohortError(f"none of the {len(slides)} slides can be used; the reasons are in {shop.slide_table}")
@@ -85,11 +85,9 @@ def _is_there(model: ModelFolder, recipe: Recipe) -> bool:
     )
 
 
-def _prepare(
-    slides: Sequence[CohortSlide], shop: RunFolder, pipeline: Pipeline, resources: Resources, listener: Listener
-) -> Ledger:
+def _prepare(slides: Sequence[CohortSlide], shop: RunFolder, pipeline: Pipeline, resources: Resources) -> Ledger:
     ledger = Ledger(shop, tuple(slide.slide_id for slide in slides))
-    with processes(process_count(slides, resources), listener) as executor:
+    with processes(process_count(slides, resources)) as executor:
         for slide, prepared in prepare_all(executor, slides, shop, pipeline, resources=resources):
             with ledger.attempt(slide.slide_id):
                 ledger.add_seconds(slide.slide_id, prepared.result())

@@ -15,7 +15,7 @@ from wsi_anomaly import __version__
 from wsi_anomaly.cohort import CohortSlide
 from wsi_anomaly.detectors.protocol import Scorer
 from wsi_anomaly.errors import CohortError
-from wsi_anomaly.execution import Listener, Progress, Resources, processes, report
+from wsi_anomaly.execution import Listener, Progress, Resources, listening, processes, report
 from wsi_anomaly.options import parse_options
 from wsi_anomaly.pipeline.ledger import Ledger
 from wsi_anomaly.pipeline.preparing import prepare_all, process_count
@@ -70,12 +70,12 @@ def run(
         raise CohortError("every slide of the cohort is marked 'train' or 'reference': there is none to test")
     folder, pipeline = RunFolder(out), pipeline or pipeline_of(model)
     detector = fitted_detector(model, pipeline, resources.device)
-    with writable(out), locked(folder.lock):
+    with writable(out), locked(folder.lock), listening(listener):
         started = time.time()
         _write_provenance(folder, model, pipeline, z_from=z_from, started=started)
         ledger = Ledger(folder, tuple(slide.slide_id for slide in slides))
         ledger.write()
-        with processes(process_count(slides, resources), listener) as executor:
+        with processes(process_count(slides, resources)) as executor:
             for slide, prepared in prepare_all(executor, slides, folder, pipeline, resources=resources):
                 with ledger.attempt(slide.slide_id, last=z_from == "model"):
                     ledger.add_seconds(slide.slide_id, prepared.result())

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 
 from wsi_anomaly.cohort import CohortSlide
 from wsi_anomaly.errors import MissingOutputError
-from wsi_anomaly.execution import Listener, Progress, Resources, processes, report
+from wsi_anomaly.execution import Listener, Progress, Resources, listening, processes, report
 from wsi_anomaly.pipeline.ledger import Ledger
 from wsi_anomaly.pipeline.preparing import Step, prepare_all, process_count
 from wsi_anomaly.pipeline.preset import Pipeline
@@ -24,9 +24,9 @@ def prepare_alone(
     listener: Listener,
 ) -> tuple[SlideRow, ...]:
     """The stage `mask` or `tile` over slides. The slides that failed."""
-    with writable(run.root), locked(run.lock):
+    with writable(run.root), locked(run.lock), listening(listener):
         ledger = Ledger(run, tuple(slide.slide_id for slide in slides))
-        with processes(process_count(slides, resources), listener) as executor:
+        with processes(process_count(slides, resources)) as executor:
             prepared = prepare_all(executor, slides, run, pipeline, resources=resources, steps=(step,))
             for slide, seconds in prepared:
                 with ledger.attempt(slide.slide_id):
@@ -43,7 +43,7 @@ def apply_alone(
         MissingOutputError: no slide has what the stage needs.
     """
     slides = having(run, needs)
-    with writable(run.root), locked(run.lock), processes(1, listener):
+    with writable(run.root), locked(run.lock), listening(listener):
         ledger = Ledger(run, tuple(slide.slide_id for slide in slides))
         for slide in slides:
             with ledger.attempt(slide.slide_id):
