@@ -78,7 +78,7 @@ def _tile_level(slides: Mapping[str, SlideFolder], annotations: Path) -> Metrics
     }
 
 
-def _segmentation(slides: Sequence[SlideFolder], share: Sequence[Float64[np.ndarray, " tile"]]) -> Metrics:
+def _segmentation(slides: Sequence[SlideFolder], share: Sequence[Float64[np.ndarray, " _"]]) -> Metrics:
     """Eroded z over 0 against the tiles that an outline touches: means over slides, as AnoPILaD reports them."""
     dices, ious, tnrs = [], [], []
     for folder, inside in zip(slides, share, strict=True):
