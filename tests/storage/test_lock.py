@@ -36,21 +36,28 @@ def test_a_recycled_process_number_does_not_hold_a_lock(tmp_path: Path) -> None:
 
 def test_another_host_holds_its_lock_while_it_shows_signs_of_life(tmp_path: Path) -> None:
     """Its processes cannot be asked after."""
-    leave_lock(tmp_path / "lock", Owner("elsewhere", 1, 0.0, "x"))
+    leave_lock(tmp_path / "lock", Owner("elsewhere", "", 1, 0.0, "x"))
     with pytest.raises(LockedOutputError, match="elsewhere"), locked(tmp_path / "lock"):
         pass
 
 
 def test_the_lock_of_a_silent_host_is_taken_over(tmp_path: Path) -> None:
     """A crashed node must not block a folder for ever."""
-    leave_lock(tmp_path / "lock", Owner("elsewhere", 1, 0.0, "x"), silent_s=2 * SILENCE_S)
+    leave_lock(tmp_path / "lock", Owner("elsewhere", "", 1, 0.0, "x"), silent_s=2 * SILENCE_S)
     with locked(tmp_path / "lock"):
         assert json.loads((tmp_path / "lock").read_text())["host"] == socket.gethostname()
 
 
 def test_a_living_process_of_this_host_holds_its_lock(tmp_path: Path) -> None:
     """However old it looks by other means."""
-    leave_lock(tmp_path / "lock", Owner.me())
+    leave_lock(tmp_path / "lock", Owner.me(), silent_s=2 * SILENCE_S)
+    with pytest.raises(LockedOutputError), locked(tmp_path / "lock"):
+        pass
+
+
+def test_a_process_of_another_container_is_not_taken_for_dead(tmp_path: Path) -> None:
+    """It may have our host's name and a process number that means nothing here."""
+    leave_lock(tmp_path / "lock", dataclasses.replace(Owner.me(), world="pid:[1]", pid=2**22 - 1))
     with pytest.raises(LockedOutputError), locked(tmp_path / "lock"):
         pass
 
@@ -78,7 +85,7 @@ def test_of_many_claimants_to_an_abandoned_lock_never_two_hold_it(tmp_path: Path
         return True
 
     for _ in range(20):
-        leave_lock(tmp_path / "lock", Owner("elsewhere", 1, 0.0, "x"), silent_s=2 * SILENCE_S)
+        leave_lock(tmp_path / "lock", Owner("elsewhere", "", 1, 0.0, "x"), silent_s=2 * SILENCE_S)
         with ThreadPoolExecutor(8) as pool:
             assert any(pool.map(claim, range(8)))
     assert max(most) == 1

@@ -1,8 +1,8 @@
 """One writer per output: lock files that name their owner and outlive no crash.
 
 A lock is a file made with O_CREAT|O_EXCL, so that exactly one process can make it, on network drives too. Its owner
-refreshes it while it works. It is taken over when its owner is gone: a dead process on this host, or no sign of life
-for `SILENCE_S` from another one.
+refreshes it while it works. It is taken over when its owner is gone: a dead process on this host, or one on another
+host that has given no sign of life for `SILENCE_S`.
 """
 
 import contextlib
@@ -28,6 +28,8 @@ class Owner:
     """A process on a host; `token` tells two holders within one process apart."""
 
     host: str
+    world: str
+    """Containers of one host may share its name, but number their processes each for itself."""
     pid: int
     started: float
     token: str
@@ -36,7 +38,11 @@ class Owner:
     def me(cls) -> "Owner":
         """The process that asks."""
         pid = os.getpid()
-        return cls(socket.gethostname(), pid, psutil.Process(pid).create_time(), uuid.uuid4().hex)
+        return cls(socket.gethostname(), _world(), pid, psutil.Process(pid).create_time(), uuid.uuid4().hex)
+
+    def is_here(self) -> bool:
+        """Whether this process can tell if the owner lives."""
+        return (self.host, self.world) == (socket.gethostname(), _world())
 
     def runs_here(self) -> bool:
         """Whether it is a living process of this host (a recycled process number does not count)."""
@@ -94,8 +100,7 @@ def _remove_if_abandoned(path: Path) -> None:
     except FileNotFoundError:
         return  # released meanwhile
     owner = _owner_of(path)
-    local = owner is not None and owner.host == socket.gethostname()
-    gone = (local and owner is not None and not owner.runs_here()) or silence_s > SILENCE_S
+    gone = not owner.runs_here() if owner and owner.is_here() else silence_s > SILENCE_S
     if not gone:
         raise LockedOutputError(
             f"{path.parent.name}: {_name(owner)} is writing here. Wait for it to finish, or choose another "
@@ -109,6 +114,13 @@ def _remove_if_abandoned(path: Path) -> None:
             grave.unlink()
         else:  # between our look and our rename someone else took it over: give it back
             grave.rename(path)
+
+
+def _world() -> str:
+    try:
+        return Path("/proc/self/ns/pid").readlink().name
+    except OSError:
+        return ""  # no such thing on this system
 
 
 def _name(owner: Owner | None) -> str:
