@@ -103,6 +103,31 @@ def test_reading_ahead_uses_the_threads_it_is_given() -> None:
     assert list(read_ahead(meet, range(4), threads=2)) == [0, 1, 2, 3]
 
 
+def test_the_next_item_is_read_while_one_is_worked_on() -> None:
+    """The second read begins before the first result is done with."""
+    second_begins = threading.Event()
+
+    def read(item: int) -> int:
+        if item == 1:
+            second_begins.set()
+        return item
+
+    results = read_ahead(read, range(2))
+    next(results)
+    assert second_begins.wait(timeout=30)
+    assert next(results) == 1
+
+
+def test_an_abandoned_reader_reads_no_further() -> None:
+    """Whoever stops asking leaves no thread behind, and at most one item was read in vain."""
+    asked: list[int] = []
+    results = read_ahead(asked.append, range(20))
+    next(results)
+    results.close()
+    assert len(asked) <= 2
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("read-ahead")]
+
+
 def test_an_error_while_reading_ahead_reaches_the_caller() -> None:
     """And is not lost in a thread."""
     with pytest.raises(ValueError, match="wrong"):

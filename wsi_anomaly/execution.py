@@ -10,7 +10,7 @@ import multiprocessing
 import os
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import BrokenExecutor, Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -105,11 +105,19 @@ def in_order(
     yield from waiting
 
 
-def read_ahead(function: Callable[[Item], Result], items: Iterable[Item], *, threads: int) -> Iterator[Result]:
-    """`map` over threads, in order, where only a few results wait to be taken."""
-    with ThreadPoolExecutor(threads) as executor:
-        for _, future in in_order(lambda item: executor.submit(function, item), items, ahead=2 * threads):
-            yield future.result()
+def read_ahead(
+    function: Callable[[Item], Result], items: Iterable[Item], *, threads: int = 1
+) -> Generator[Result, None, None]:
+    """`map` over threads, in order: the next results come about while one is worked on, and only a few wait.
+
+    Errors come through. Whoever stops asking leaves no thread behind.
+    """
+    with ThreadPoolExecutor(threads, thread_name_prefix="read-ahead") as executor:
+        try:
+            for _, future in in_order(lambda item: executor.submit(function, item), items, ahead=threads):
+                yield future.result()
+        finally:
+            executor.shutdown(wait=False, cancel_futures=True)
 
 
 @contextlib.contextmanager

@@ -2,7 +2,6 @@
 
 import json
 import logging
-import threading
 from collections.abc import Callable
 from itertools import chain
 from pathlib import Path
@@ -17,7 +16,7 @@ from safetensors.torch import load_file
 
 from wsi_anomaly.detectors.devices import apply_in_chunks, resolve_device, to_pixels, to_tensor
 from wsi_anomaly.detectors.protocol import TileBatch
-from wsi_anomaly.detectors.training import Learner, TrainingOptions, read_ahead, split_tiles, train
+from wsi_anomaly.detectors.training import Learner, TrainingOptions, split_tiles, train
 from wsi_anomaly.errors import ModelError, OptionsError
 from wsi_anomaly.testing import TilesInMemory, smooth_tiles
 
@@ -229,35 +228,6 @@ def test_about_the_wished_share_is_held_out() -> None:
     groups = np.repeat(np.arange(31), [500] + [10] * 30)
     for seed in range(5):
         assert len(split_tiles(groups, 0.1, seed=seed)[1]) == 80
-
-
-def test_the_next_batch_is_read_while_one_is_worked_on() -> None:
-    """The second read begins in another thread before the first batch is done with."""
-    second_begins = threading.Event()
-    readers = set()
-
-    class Signalling(TilesInMemory):
-        def read(self, indices: Int64[np.ndarray, " tile"]) -> TileBatch:
-            readers.add(threading.current_thread())
-            if self.reads == 1:
-                second_begins.set()
-            return super().read(indices)
-
-    batches = read_ahead(Signalling(smooth_tiles(4, 4, seed=0)), [np.array([0, 1]), np.array([2, 3])])
-    next(batches)
-    assert second_begins.wait(timeout=30)
-    assert len(next(batches)) == 2
-    assert threading.current_thread() not in readers
-
-
-def test_an_abandoned_reader_reads_no_further() -> None:
-    """Whoever stops asking leaves no thread behind, and at most one batch was read in vain."""
-    tiles = Watched()
-    batches = read_ahead(tiles, [np.array([i]) for i in range(20)])
-    next(batches)
-    batches.close()
-    assert len(tiles.asked) <= 2
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith("read-tiles")]
 
 
 def test_a_device_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,8 +10,7 @@ import logging
 import pickle
 import time
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from wsi_anomaly.detectors.devices import reproducible
 from wsi_anomaly.detectors.protocol import TileBatch, TileSource
 from wsi_anomaly.detectors.weights import WEIGHTS, Weights, copy_of, save_weights, write_whole
 from wsi_anomaly.errors import CohortError, ModelError, OptionsError
+from wsi_anomaly.execution import read_ahead
 from wsi_anomaly.options import Options
 
 HISTORY = "history.json"
@@ -115,17 +115,6 @@ def split_tiles(groups: Int64[np.ndarray, " tile"], fraction: float, *, seed: in
     return np.flatnonzero(~out), np.flatnonzero(out)
 
 
-def read_ahead(tiles: TileSource, batches: Sequence[Indices]) -> Iterator[TileBatch]:
-    """Read batch after batch, each in the background while the one before is worked on. Its errors come through."""
-    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="read-tiles") as reader:
-        requests = (reader.submit(tiles.read, batch) for batch in batches)  # lazy: no more than one is under way
-        coming = next(requests, None)
-        while coming:
-            batch = coming.result()
-            coming = next(requests, None)
-            yield batch
-
-
 @dataclass(frozen=True, slots=True)
 class _Unfinished:
     """The state of a fit between two epochs, on disk."""
@@ -208,7 +197,7 @@ def _learn(learner: Learner, tiles: TileSource, batches: Sequence[Indices], *, s
     learner.network.train()
     generator, total = _generator(seed), 0.0
     with reproducible():
-        for batch in read_ahead(tiles, batches):
+        for batch in read_ahead(tiles.read, batches):
             learner.optimizer.zero_grad()
             loss = learner.loss(batch, generator)
             loss.backward()  # type: ignore[no-untyped-call]
@@ -222,7 +211,7 @@ def _measure(learner: Learner, tiles: TileSource, batches: Sequence[Indices], *,
     learner.network.eval()
     generator, total = _generator(seed), 0.0
     with torch.inference_mode(), reproducible():
-        for batch in read_ahead(tiles, batches):
+        for batch in read_ahead(tiles.read, batches):
             total += len(batch) * learner.loss(batch, generator).item()
     return total / sum(map(len, batches))
 
