@@ -7,7 +7,7 @@ throughout (one painted field, repeated), at 0.25 µm/px, so that every tile is 
 """
 
 import argparse
-import resource
+import re
 import subprocess
 import sys
 import tempfile
@@ -72,7 +72,8 @@ def run_stage(stage: str, folder: Path) -> None:
     else:
         record = tile_slide(slide, outputs, TileOptions(), threads=2)
         (folder / "tiles").write_text(f"{record.facts['tiles']:,}")
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+    # Not ru_maxrss: a new process inherits that of the one that started it.
+    print(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1])
 
 
 if __name__ == "__main__":

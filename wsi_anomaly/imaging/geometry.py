@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Bool, Float64, Int32, Int64
+from jaxtyping import Bool, Float64, Int32, Int64, UInt32
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,8 +68,9 @@ def area_fraction(
     What lies outside the mask counts as not covered. Exact for pixels as unit squares: the integral image is
     interpolated linearly between its nodes, which is its true value there.
     """
-    integral = np.zeros((mask.shape[0] + 1, mask.shape[1] + 1), np.float64)
-    integral[1:, 1:] = mask.cumsum(0, dtype=np.float64).cumsum(1)
+    integral = np.zeros((mask.shape[0] + 1, mask.shape[1] + 1), np.uint32)  # in place: it is the largest array here
+    np.cumsum(mask, axis=0, out=integral[1:, 1:])
+    np.cumsum(integral, axis=1, out=integral)
     x0, y0, x1, y1 = boxes.T
     covered = (
         _interpolated(integral, y1, x1)
@@ -81,7 +82,7 @@ def area_fraction(
 
 
 def _interpolated(
-    nodes: Float64[np.ndarray, "row column"],
+    nodes: UInt32[np.ndarray, "row column"],
     rows: Float64[np.ndarray, " point"],
     columns: Float64[np.ndarray, " point"],
 ) -> Float64[np.ndarray, " point"]:

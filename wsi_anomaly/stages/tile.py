@@ -5,7 +5,8 @@ from collections import Counter
 from dataclasses import asdict
 
 import numpy as np
-from jaxtyping import Int64
+from jaxtyping import Bool, Int64, UInt8
+from PIL import Image
 from pydantic import Field
 
 from wsi_anomaly.cohort import CohortSlide
@@ -22,6 +23,7 @@ from wsi_anomaly.storage.shards import compressed
 from wsi_anomaly.storage.tiles import TilePlaces, TileStatus, TileWriter
 
 FORMAT_VERSION = 1
+PICTURE_PX = 1500
 TILES_PER_RUN = 16
 """Handing a tile from thread to thread takes a tenth of the time that reading it does; so they come in runs."""
 
@@ -181,14 +183,25 @@ def _attributes(folder: SlideFolder, grid: Grid, options: TileOptions, read_reci
 
 def _write_picture(work: Work, folder: SlideFolder, grid: Grid, places: TilePlaces) -> None:
     attributes = read_attributes(folder.tissue)
-    downsample = np.array(attributes["overview_downsample"])
+    overview, tissue, shrunk = _thumbnails(folder)
+    downsample = np.array(attributes["overview_downsample"]) * shrunk
     width, height = np.array(grid.footprint_level0_px) / downsample
     write_overview(
         work.folder / folder.overview.name,
-        read_array(folder.tissue, "overview"),
-        read_array(folder.tissue, "tissue"),
+        overview,
+        tissue,
         overview_mpp=float(downsample[0] * attributes["mpp"][0]),
         tile_origins_px=(places.origins - np.array(grid.origin_level0_px)) / downsample,
         tile_size_px=(float(width), float(height)),
         slide_id=folder.slide_id,
     )
+
+
+def _thumbnails(
+    folder: SlideFolder,
+) -> tuple[UInt8[np.ndarray, "row column rgb"], Bool[np.ndarray, "row column"], int]:
+    """Overview and tissue small enough to draw, and how many times smaller: the memory of a drawing shall not grow."""
+    overview = Image.fromarray(read_array(folder.tissue, "overview"))
+    shrunk = max(1, max(overview.size) // PICTURE_PX)
+    tissue = Image.fromarray(read_array(folder.tissue, "tissue").astype(np.uint8))
+    return np.asarray(overview.reduce(shrunk)), np.asarray(tissue.reduce(shrunk)) > 0, shrunk
