@@ -138,7 +138,7 @@ class Slide:
         start = tuple(axis_px / recipe.level_downsample for axis_px in origin_level0_px)
         if recipe.resampling == "none":
             corner = (math.floor(start[0] + 0.5), math.floor(start[1] + 0.5))
-            return np.array(self._level_pixels(recipe.level, corner, size_px))
+            return _pixels(self._level_pixels(recipe.level, corner, size_px))
         extent = [size * scale for size, scale in zip(size_px, recipe.scale, strict=True)]
         corner = (math.floor(start[0]) - recipe.margin_px, math.floor(start[1]) - recipe.margin_px)
         stop = [math.ceil(first + length) + recipe.margin_px for first, length in zip(start, extent, strict=True)]
@@ -147,10 +147,10 @@ class Slide:
         left, top = (first - axis - moved for first, axis, moved in zip(start, corner, shift, strict=True))
         # Pillow widens its filter when it shrinks, and takes the pixels around the box into account.
         box = (left, top, left + extent[0], top + extent[1])
-        return np.array(image.resize(size_px, Image.Resampling.BICUBIC, box=box))
+        return _pixels(image.convert("RGB").resize(size_px, Image.Resampling.BICUBIC, box=box))
 
     def _level_pixels(self, level: int, corner_px: tuple[int, int], size_px: tuple[int, int]) -> Image.Image:
-        """RGB of a region of a level, tried on a second, private handle where the shared one fails.
+        """A region of a level without transparency, tried on a second, private handle where the shared one fails.
 
         Once OpenSlide has failed, a handle fails for ever: so may the shared one, through the fault of another thread.
         """
@@ -202,12 +202,18 @@ def _background_rgb(hexadecimal: str) -> tuple[int, int, int]:
     return (red, green, blue)
 
 
+def _pixels(image: Image.Image) -> UInt8[np.ndarray, "y x rgb"]:
+    """RGB of an opaque image. Unpacked by Pillow in one step, since this runs for every tile."""
+    pixels = np.frombuffer(image.tobytes("raw", "RGB"), np.uint8)
+    return pixels.reshape(image.height, image.width, 3)
+
+
 def _on_background(image: Image.Image, background_rgb: tuple[int, int, int]) -> Image.Image:
     if image.mode == "RGB":
         return image
     # The quickest look at the alpha channel: this runs for every tile, and nearly all are opaque.
     if np.frombuffer(image.tobytes("raw", "A"), np.uint8).min() == np.iinfo(np.uint8).max:
-        return image.convert("RGB")
+        return image
     canvas = Image.new("RGB", image.size, background_rgb)
     canvas.paste(image, mask=image)
     return canvas
