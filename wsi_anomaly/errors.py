@@ -3,6 +3,7 @@
     WsiAnomalyError
     ├── OptionsError            an option, a pipeline file or a command line that makes no sense
     ├── CohortError             the slides to work on cannot be found or told apart
+    ├── KeywordError            a keyword list cannot be used
     ├── AnnotationError         a user's mask, outline or label file cannot be used
     ├── SlideError              one slide cannot be worked on; the others go on
     │   ├── MissingMppError     microns per pixel are not known
@@ -32,6 +33,10 @@ class OptionsError(WsiAnomalyError):
 
 class CohortError(WsiAnomalyError):
     """The slides to work on cannot be found or told apart."""
+
+
+class KeywordError(WsiAnomalyError):
+    """A keyword list cannot be used."""
 
 
 class AnnotationError(WsiAnomalyError):

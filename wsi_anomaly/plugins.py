@@ -8,6 +8,7 @@ from wsi_anomaly.errors import MissingExtraError, PluginError, UnknownPluginErro
 from wsi_anomaly.options import nearest
 
 DETECTORS = "wsi_anomaly.detectors"
+IMAGE_TEXT_MODELS = "wsi_anomaly.image_text_models"
 
 
 @cache

@@ -56,7 +56,7 @@ def batch_of(
 ) -> TileBatch:
     """A batch of these tiles without prompts; seeds count from 0 if none are given."""
     seeds = np.arange(len(pixels), dtype=np.uint64) if seeds is None else seeds
-    return TileBatch(pixels, seeds, prompts=("",) * len(pixels))
+    return TileBatch(pixels, seeds, prompts=((),) * len(pixels))
 
 
 def smooth_tiles(count: int, tile_px: int, *, seed: int) -> UInt8[np.ndarray, "tile y x rgb"]:

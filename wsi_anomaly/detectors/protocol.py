@@ -8,6 +8,11 @@ import numpy as np
 from jaxtyping import Float32, Int64, UInt8, UInt64
 
 
+Fragment = tuple[str, float]
+"""A piece of a prompt and its weight, 1 being plain. Never parsed: a keyword may hold any character."""
+Prompt = tuple[Fragment, ...]
+
+
 @dataclass(frozen=True, slots=True)
 class TileBatch:
     """Some tiles of one or more slides, with what the earlier stages know of each."""
@@ -15,8 +20,8 @@ class TileBatch:
     pixels: UInt8[np.ndarray, "tile y x rgb"]
     seeds: UInt64[np.ndarray, " tile"]
     """Per-tile noise: made of run seed, slide and origin, so that a score never depends on the batch."""
-    prompts: tuple[str, ...]
-    """One a tile; "" where the pipeline has no prompt stage."""
+    prompts: tuple[Prompt, ...]
+    """One a tile; empty where the pipeline has no prompt stage."""
     embeddings: Float32[np.ndarray, "tile d"] | None = None
     keyword_scores: Float32[np.ndarray, "tile keyword"] | None = None
 

@@ -20,7 +20,7 @@ import torch
 from jaxtyping import Float, Int64
 from pydantic import Field
 
-from wsi_anomaly.detectors.devices import reproducible
+from wsi_anomaly.devices import reproducible
 from wsi_anomaly.detectors.protocol import TileBatch, TileSource
 from wsi_anomaly.detectors.weights import WEIGHTS, Weights, copy_of, save_weights, write_whole
 from wsi_anomaly.errors import CohortError, ModelError, OptionsError

@@ -145,12 +145,12 @@ class TrainingTiles:
         return TileBatch(
             pixels=np.concatenate([part.pixels for part in parts])[back],
             seeds=np.concatenate([part.seeds for part in parts])[back],
-            prompts=("",) * len(indices),
+            prompts=((),) * len(indices),
         )
 
     def _read_from(self, slide: int, indices: Int64[np.ndarray, " tile"]) -> TileBatch:
         store, tiles = self._stores[slide], self._tiles[slide][indices - self._starts[slide]]
-        return TileBatch(store.read(tiles), store.seeds(tiles, self._seed), prompts=("",) * len(tiles))
+        return TileBatch(store.read(tiles), store.seeds(tiles, self._seed), prompts=((),) * len(tiles))
 
 
 _ENOUGH_SLIDES = 5

@@ -88,7 +88,7 @@ def _batches(store: TileStore, *, seed: int, batch_size: int) -> Iterator[tuple[
     def read(indices: Int64[np.ndarray, " tile"]) -> tuple[Bool[np.ndarray, " tile"], TileBatch]:
         readable = store.readable[indices]
         kept = indices[readable]
-        return readable, TileBatch(store.read(kept), store.seeds(kept, seed), prompts=("",) * len(kept))
+        return readable, TileBatch(store.read(kept), store.seeds(kept, seed), prompts=((),) * len(kept))
 
     chunks = np.split(np.arange(len(store)), range(batch_size, len(store), batch_size))
     return read_ahead(read, chunks, threads=1)

@@ -39,7 +39,7 @@ def reproducible() -> Iterator[None]:
 
 def to_tensor(pixels: UInt8[np.ndarray, "tile y x rgb"], device: torch.device) -> Float32[torch.Tensor, "tile rgb y x"]:
     """Intensities in [0, 1], in channels_last memory format: it is what convolutions are fastest on."""
-    return torch.tensor(pixels, device=device).permute(0, 3, 1, 2).float() / 255
+    return _intensities(torch.tensor(pixels, device=device))
 
 
 def to_pixels(images: Float32[torch.Tensor, "tile rgb y x"]) -> UInt8[torch.Tensor, "tile y x rgb"]:
@@ -52,16 +52,31 @@ def apply_in_chunks(
     pixels: UInt8[np.ndarray, "tile y x rgb"],
     device: torch.device,
 ) -> Shaped[np.ndarray, "tile ..."]:
+    """The function's value for the intensities of each tile, whatever other tiles come with it."""
+    return in_fixed_chunks(lambda chunk: function(_intensities(chunk)), pixels, device)
+
+
+def in_fixed_chunks(
+    function: Callable[[Shaped[torch.Tensor, "chunk ..."]], torch.Tensor],
+    values: Shaped[np.ndarray, "tile ..."],
+    device: torch.device,
+    *,
+    size: int = CHUNK_TILES,
+) -> Shaped[np.ndarray, "tile ..."]:
     """The function's value for each tile, without gradients, whatever other tiles come with it.
 
     Kernels are chosen by the shape of their input, and another kernel rounds otherwise. So the function always sees
-    `CHUNK_TILES` tiles, black ones where there are too few.
+    `size` tiles, zeros where there are too few.
     """
     parts = []
     with torch.inference_mode(), reproducible():
-        for start in range(0, max(len(pixels), 1), CHUNK_TILES):  # no tiles: one chunk still tells shape and dtype
-            part = pixels[start : start + CHUNK_TILES]
-            chunk = np.zeros((CHUNK_TILES, *pixels.shape[1:]), np.uint8)
+        for start in range(0, max(len(values), 1), size):  # no tiles: one chunk still tells shape and dtype
+            part = values[start : start + size]
+            chunk = np.zeros((size, *values.shape[1:]), values.dtype)
             chunk[: len(part)] = part
-            parts.append(function(to_tensor(chunk, device))[: len(part)].cpu().numpy())
+            parts.append(function(torch.from_numpy(chunk).to(device))[: len(part)].cpu().numpy())
     return np.concatenate(parts)
+
+
+def _intensities(pixels: UInt8[torch.Tensor, "tile y x rgb"]) -> Float32[torch.Tensor, "tile rgb y x"]:
+    return pixels.permute(0, 3, 1, 2).float() / 255
