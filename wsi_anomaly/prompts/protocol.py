@@ -25,6 +25,9 @@ class Embedder(Protocol):
 class ImageTextModel(Protocol):
     """An image-text model by its options; its weights are not read yet."""
 
+    def at(self, place: str) -> "ImageTextModel":
+        """The same model with its weights at another place: a path, or a repository of the hub."""
+
     def digest(self, *, offline: bool) -> str:
         """A sha256 of all that decides an embedding: weights, sizes, tokenizer. Not of where they lie.
 

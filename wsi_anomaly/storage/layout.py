@@ -32,6 +32,16 @@ class SlideFolder:
         return self.root / "tiles.zarr"
 
     @property
+    def prompts(self) -> Path:
+        """Embeddings, keyword similarities and prompts of the tiles, by the stage `prompt`."""
+        return self.root / "prompts.zarr"
+
+    @property
+    def prompt_picture(self) -> Path:
+        """A dozen tiles with their keywords, by `prompt --explain`."""
+        return self.root / "prompts.png"
+
+    @property
     def scores(self) -> Path:
         """Scores of the tiles, by the stage `score`."""
         return self.root / "scores.zarr"
@@ -84,6 +94,21 @@ class RunFolder:
         return self.root / "reference.json"
 
     @property
+    def keywords(self) -> Path:
+        """The keyword list of the pipeline, where it has one."""
+        return self.root / "keywords.toml"
+
+    @property
+    def keyword_table(self) -> Path:
+        """How many tiles have each keyword in their prompt."""
+        return self.root / "keyword_frequency.csv"
+
+    @property
+    def keyword_chart(self) -> Path:
+        """The same as a picture."""
+        return self.root / "keyword_frequency.png"
+
+    @property
     def detector(self) -> Path:
         """The fitted detector, by the stage `fit`."""
         return self.root / "detector"
@@ -129,6 +154,16 @@ class ModelFolder:
     def pipeline(self) -> Path:
         """The pipeline that it was fitted with and that `run` takes its options from."""
         return self.root / "pipeline.toml"
+
+    @property
+    def keywords(self) -> Path:
+        """The keyword list that it was fitted with, where it has one."""
+        return self.root / "keywords.toml"
+
+    @property
+    def keyword_table(self) -> Path:
+        """How many training tiles have each keyword in their prompt."""
+        return self.root / "keyword_frequency.csv"
 
     @property
     def detector(self) -> Path:

@@ -27,14 +27,19 @@ class Model:
     pipeline: Mapping[str, Any]
     """The pipeline file as a table, every default written out."""
     reference: Reference
+    image_text_digest: str | None
+    """Of the image-text model that it was fitted with, where it uses prompts."""
     detector_digest: str
     """Of the weights and of the detector's options: of all that decides a score."""
     digest: str
     """Of the whole model."""
 
 
-def write_manifest(folder: Path, *, recipe_digest: str) -> None:
-    """Seal a model folder: the sha256 of every file in it, and what it was made of."""
+def write_manifest(folder: Path, *, recipe_digest: str, image_text_model: Mapping[str, str] | None = None) -> None:
+    """Seal a model folder: the sha256 of every file in it, and what it was made of.
+
+    `image_text_model`: name and digest of what described the tiles, where anything did.
+    """
     files = {
         str(path.relative_to(folder).as_posix()): _sha256(path) for path in sorted(folder.rglob("*")) if path.is_file()
     }
@@ -42,6 +47,7 @@ def write_manifest(folder: Path, *, recipe_digest: str) -> None:
         "format_version": FORMAT_VERSION,
         "package_version": __version__,
         "recipe_digest": recipe_digest,
+        "image_text_model": image_text_model,
         "files": files,
     }
     write_json(folder / ModelFolder(folder).manifest.name, content)
@@ -80,7 +86,8 @@ def read_model(root: Path) -> Model:
         ModelError: a file is missing or not the one that was fitted; the message names it.
     """
     folder = ModelFolder(root)
-    files: dict[str, str] = read_manifest(folder)["files"]
+    manifest = read_manifest(folder)
+    files: dict[str, str] = manifest["files"]
     for name, expected in files.items():
         _check(root / name, expected)
     try:
@@ -90,7 +97,14 @@ def read_model(root: Path) -> Model:
         raise ModelError(f"{root}: cannot be used: {error}. Fit it anew.") from error
     weights = {name: digest for name, digest in files.items() if name.startswith(f"{folder.detector.name}/")}
     scoring = {"detector": pipeline.get("detector"), "weights": weights}
-    return Model(folder, pipeline, reference, detector_digest=_digest(scoring), digest=_digest(files))
+    return Model(
+        folder,
+        pipeline,
+        reference,
+        image_text_digest=(manifest.get("image_text_model") or {}).get("digest"),
+        detector_digest=_digest(scoring),
+        digest=_digest(files),
+    )
 
 
 def write_toml(path: Path, table: Mapping[str, Any]) -> None:
