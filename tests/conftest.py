@@ -1,4 +1,4 @@
-"""Fixtures for every test: the shared real data, and small real slide files made from a known picture."""
+"""Fixtures for every test: the shared real data, small real slide files, and a small image-text model."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -9,7 +9,16 @@ import pytest
 import tifffile
 from skimage.transform import downscale_local_mean
 
+from wsi_anomaly.imaging.geometry import Grid
+from wsi_anomaly.plugins import IMAGE_TEXT_MODELS, load_plugin
+from wsi_anomaly.prompts.keywords import load_keywords
+from wsi_anomaly.storage.layout import RunFolder, SlideFolder
+from wsi_anomaly.storage.record import Recipe, writing
+from wsi_anomaly.storage.shards import compressed
+from wsi_anomaly.storage.tiles import TilePlaces, TileStatus, TileWriter
+
 WriteTiff = Callable[..., Path]
+TILE_PX = 32
 
 
 @pytest.fixture
@@ -92,3 +101,63 @@ def drop_tiles() -> Callable[..., None]:
                 page.tags[tag].overwrite(values)
 
     return drop
+
+
+@pytest.fixture
+def write_tiles(tmp_path: Path) -> Callable[..., SlideFolder]:
+    """Leaves the tiles of a slide as the stage `tile` does: `write_tiles(count, slide_id="node", corrupt=())`."""
+
+    def write(count: int, *, slide_id: str = "node", corrupt: tuple[int, ...] = (), seed: int = 0) -> SlideFolder:
+        folder = RunFolder(tmp_path / "results").slide(slide_id)
+        columns = 40
+        grid = Grid.over(
+            (0, 0, columns * TILE_PX, -(-count // columns) * TILE_PX),
+            downsample=(1.0, 1.0),
+            tile_px=TILE_PX,
+            stride_px=TILE_PX,
+        )
+        cells = grid.cells()[:count]
+        places = TilePlaces(grid.origins(cells), cells, np.ones(count, np.float32))
+        pixels = np.random.default_rng(seed).integers(0, 256, (count, TILE_PX, TILE_PX, 3), np.uint8)
+        attributes = {"slide_id": slide_id, "tile_mpp": 0.5, "mpp": [0.5, 0.5]}
+        with writing(folder.root, Recipe("tile", 1, {"count": count, "seed": seed})) as work:
+            with TileWriter(work.folder / folder.tiles.name, places, tile_px=TILE_PX, attributes=attributes) as writer:
+                status = [TileStatus.CORRUPT if tile in corrupt else TileStatus.OK for tile in range(count)]
+                writer.append(compressed(pixels), status)
+            work.facts.update({"tiles": count, "corrupt": len(corrupt)})
+        return folder
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def small_conch(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a model of CONCH's class that embeds a tile within a millisecond."""
+    load_plugin(IMAGE_TEXT_MODELS, "conch")
+    from wsi_anomaly.prompts.conch_network import ConchSizes
+    from wsi_anomaly.prompts.conch_random import write_random_conch
+
+    sizes = ConchSizes(
+        embedding=16,
+        image_px=32,
+        patch_px=16,
+        image_width=32,
+        image_layers=2,
+        image_heads=2,
+        pooler_heads=2,
+        text_width=32,
+        text_layers=2,
+        text_heads=2,
+        vocabulary=400,
+        context=32,
+    )
+    folder = tmp_path_factory.mktemp("conch")
+    write_random_conch(folder, sizes, texts=load_keywords("lymph_node").texts(include_abnormal=True))
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def user_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """What the tool keeps for a user lies here, not in the folder of whoever runs the tests."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache"

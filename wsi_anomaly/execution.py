@@ -47,6 +47,10 @@ class Resources:
     workers: int = 0
     """Threads and processes that read slides; 0 means as many as there are cores."""
     batch_size: int = 32
+    offline: bool = False
+    """Ask the network for nothing, not even for weights that are missing."""
+    image_text_weights: str = ""
+    """Where the image-text model's weights lie on this machine, instead of where the pipeline says."""
 
     @property
     def cores(self) -> int:

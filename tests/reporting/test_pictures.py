@@ -8,7 +8,8 @@ import pytest
 from PIL import Image
 
 from wsi_anomaly.reporting.colours import z_colours
-from wsi_anomaly.reporting.pictures import ZSummary, _edges, _round_length, write_heatmap, write_overview
+from wsi_anomaly.reporting.page import round_length
+from wsi_anomaly.reporting.pictures import ZSummary, _edges, write_heatmap, write_overview
 
 SUMMARY = ZSummary(z_max=9.0, z_99=4.0, threshold_z=3.0, area_over_um2=1.25e6, z_from="held-out normal slides")
 
@@ -163,9 +164,9 @@ def test_any_shape_of_slide_gives_a_picture_that_fits_a_screen(shape: tuple[int,
         assert min(picture.shape[:2]) > 100
 
 
-def test_the_scale_bar_is_of_a_round_length() -> None:
+def test_the_scale_bar_is_of_around_length() -> None:
     """1, 2 or 5 of a unit, as long as there is room for."""
-    assert [_round_length(um) for um in (1.0, 199.0, 200.0, 4999.0, 0.7)] == [1.0, 100.0, 200.0, 2000.0, 0.5]
+    assert [round_length(um) for um in (1.0, 199.0, 200.0, 4999.0, 0.7)] == [1.0, 100.0, 200.0, 2000.0, 0.5]
 
 
 def test_colours_darken_with_z_and_end_with_the_scale() -> None:

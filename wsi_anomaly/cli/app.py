@@ -27,6 +27,7 @@ _PANELS = {
     "One stage alone": (
         stage_commands.mask,
         stage_commands.tile,
+        stage_commands.prompt,
         stage_commands.score,
         stage_commands.calibrate,
         stage_commands.heatmap,
@@ -35,6 +36,7 @@ _PANELS = {
     "Look around": (
         inspection.detectors,
         inspection.pipelines,
+        inspection.keywords,
         inspection.doctor,
         inspection.validate_geojson,
     ),

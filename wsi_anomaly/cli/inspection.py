@@ -1,4 +1,4 @@
-"""The commands that look and change nothing: detectors, pipelines, doctor, validate-geojson."""
+"""The commands that look and change nothing: detectors, pipelines, keywords, doctor, validate-geojson."""
 
 from pathlib import Path
 from typing import Annotated
@@ -41,6 +41,31 @@ def pipelines(
     for preset in preset_names():
         pipeline = load_pipeline(preset)
         listing.add_row(preset, pipeline.detector_name, escape(pipeline.description))
+    stdout.print(listing)
+
+
+def keywords(
+    name: Annotated[
+        str | None, typer.Argument(help="Check and print this list instead; the path of a .toml file for your own.")
+    ] = None,
+) -> None:
+    """List the keyword lists, or check one of them and print its keywords."""
+    from wsi_anomaly.prompts.keywords import keyword_list_names, load_keywords
+
+    if name is not None:
+        chosen = load_keywords(name)
+        table = _table("keyword", "category", "side")
+        for side, words in (("normal", chosen.normal), ("abnormal", chosen.abnormal)):
+            for word in words:
+                table.add_row(escape(word.text), word.category, side)
+        stdout.print(table)
+        for line in (f"Source: {chosen.source}", f"Note: {chosen.note}"):
+            stdout.print(line, markup=False, highlight=False, soft_wrap=True)
+        return
+    listing = _table("list", "organ", "normal", "abnormal", "source")
+    for list_name in keyword_list_names():
+        words = load_keywords(list_name)
+        listing.add_row(list_name, words.organ, str(len(words.normal)), str(len(words.abnormal)), escape(words.source))
     stdout.print(listing)
 
 

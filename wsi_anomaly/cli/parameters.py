@@ -31,6 +31,16 @@ Mpp = Annotated[
 Device = Annotated[str, typer.Option(help="cpu, cuda, or auto: CUDA where there is a device.")]
 Workers = Annotated[int, typer.Option(min=0, help="Threads and processes that read slides; 0: one for each core.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Tiles scored at once. Does not change the scores.")]
+Offline = Annotated[
+    bool, typer.Option("--offline", help="Ask the network for nothing, not even for weights that are missing.")
+]
+ImageTextWeights = Annotated[
+    str,
+    typer.Option(
+        help="Where the image-text model's weights lie on this machine, instead of where the pipeline says.",
+        show_default=False,
+    ),
+]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")]
 LogFile = Annotated[
     Path | None, typer.Option(help="Write everything that happens to this file too, as JSON lines.", show_default=False)

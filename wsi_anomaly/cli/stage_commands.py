@@ -1,4 +1,4 @@
-"""The commands that run one stage alone: mask, tile, score, calibrate, heatmap, export."""
+"""The commands that run one stage alone: mask, tile, prompt, score, calibrate, heatmap, export."""
 
 from pathlib import Path
 from typing import Annotated, Literal
@@ -35,6 +35,53 @@ def tile(
 ) -> None:
     """Read the tissue tile by tile: OUT/slides/<slide_id>/tiles.zarr and overview.png. Needs mask."""
     _prepare("tile", slides, out, pipeline=pipeline, mpp=mpp, workers=workers, quiet=quiet, log_file=log_file)
+
+
+def prompt(
+    results: p.Results,
+    pipeline: Annotated[
+        str | None,
+        typer.Option("--pipeline", "-p", help="Whose [prompt] options to use: a preset, or the path of a file."),
+    ] = None,
+    model: Annotated[
+        Path | None, typer.Option("--model", "-m", help="Describe tiles as they were described for this model.")
+    ] = None,
+    explain: Annotated[
+        str | None,
+        typer.Option(metavar="SLIDE_ID", help="Draw a dozen tiles of this slide with their keywords: prompts.png."),
+    ] = None,
+    device: p.Device = p.DEFAULTS.device,
+    workers: p.Workers = p.DEFAULTS.workers,
+    batch_size: p.BatchSize = p.DEFAULTS.batch_size,
+    image_text_weights: p.ImageTextWeights = p.DEFAULTS.image_text_weights,
+    offline: p.Offline = p.DEFAULTS.offline,
+    quiet: p.Quiet = False,
+    log_file: p.LogFile = None,
+) -> None:
+    """Describe tiles by keywords: RESULTS/slides/<slide_id>/prompts.zarr, RESULTS/keyword_frequency.png. Needs tile.
+
+    An image-text model ranks the keywords of a list by how near they are to each tile; the nearest become its prompt.
+    Without --pipeline and --model: CONCH, and the keywords of lymph nodes.
+    """
+    from wsi_anomaly.pipeline.describing import describe_alone
+    from wsi_anomaly.pipeline.single import having
+    from wsi_anomaly.storage.layout import RunFolder
+
+    run = RunFolder(results)
+    resources = Resources(
+        device=device,
+        workers=workers,
+        batch_size=batch_size,
+        offline=offline,
+        image_text_weights=image_text_weights,
+    )
+    with session(slides=len(having(run, "tile")), quiet=quiet, log_file=log_file) as bars:
+        failed, picture = describe_alone(
+            run, pipeline=pipeline, model=model, explain=explain, resources=resources, listener=bars
+        )
+    if picture and not quiet:
+        stdout.print(f"Look at {picture}", markup=False, highlight=False, soft_wrap=True)
+    _leave(failed)
 
 
 def score(

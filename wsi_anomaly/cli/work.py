@@ -19,6 +19,8 @@ def fit(
     device: p.Device = p.DEFAULTS.device,
     workers: p.Workers = p.DEFAULTS.workers,
     batch_size: p.BatchSize = p.DEFAULTS.batch_size,
+    image_text_weights: p.ImageTextWeights = p.DEFAULTS.image_text_weights,
+    offline: p.Offline = p.DEFAULTS.offline,
     quiet: p.Quiet = False,
     log_file: p.LogFile = None,
 ) -> None:
@@ -31,7 +33,13 @@ def fit(
     from wsi_anomaly.pipeline import fit, load_pipeline
 
     cohort = read_cohort(slides, mpp=mpp)
-    resources = Resources(device=device, workers=workers, batch_size=batch_size)
+    resources = Resources(
+        device=device,
+        workers=workers,
+        batch_size=batch_size,
+        offline=offline,
+        image_text_weights=image_text_weights,
+    )
     with session(slides=len(cohort), quiet=quiet, log_file=log_file) as bars:
         _, failed = fit(cohort, load_pipeline(pipeline), out, resources=resources, listener=bars)
     if not quiet:
@@ -59,6 +67,8 @@ def run(
     device: p.Device = p.DEFAULTS.device,
     workers: p.Workers = p.DEFAULTS.workers,
     batch_size: p.BatchSize = p.DEFAULTS.batch_size,
+    image_text_weights: p.ImageTextWeights = p.DEFAULTS.image_text_weights,
+    offline: p.Offline = p.DEFAULTS.offline,
     quiet: p.Quiet = False,
     log_file: p.LogFile = None,
 ) -> None:
@@ -74,7 +84,13 @@ def run(
     cohort = read_cohort(slides, mpp=mpp)
     fitted = read_model(model)
     pipeline = pipeline_of(fitted).keeping(maps=keep_maps, reconstructions=keep_reconstructions)
-    resources = Resources(device=device, workers=workers, batch_size=batch_size)
+    resources = Resources(
+        device=device,
+        workers=workers,
+        batch_size=batch_size,
+        offline=offline,
+        image_text_weights=image_text_weights,
+    )
     with session(slides=len(cohort), quiet=quiet, log_file=log_file) as bars:
         summary = run(cohort, fitted, out, resources=resources, listener=bars, z_from=z_from, pipeline=pipeline)
     if not quiet:

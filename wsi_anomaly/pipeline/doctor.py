@@ -11,7 +11,7 @@ from pathlib import Path
 
 from wsi_anomaly import __version__
 from wsi_anomaly.errors import WsiAnomalyError
-from wsi_anomaly.plugins import DETECTORS, installed, load_plugin
+from wsi_anomaly.plugins import DETECTORS, IMAGE_TEXT_MODELS, installed, load_plugin
 
 _PACKAGES = ("numpy", "scipy", "scikit-image", "zarr", "shapely", "tifffile", "imagecodecs", "tiffslide")
 _GIB = 2**30
@@ -34,7 +34,8 @@ def examine() -> tuple[Finding, ...]:
         *map(_package, _PACKAGES),
         _attempt("OpenSlide", _openslide, "Install it: pip install openslide-python openslide-bin"),
         _attempt("PyTorch", _torch, "Install it: see 'Which PyTorch' in the README"),
-        *_detectors(),
+        *_plugins("detector", DETECTORS),
+        *_plugins("image-text model", IMAGE_TEXT_MODELS),
         Finding("free disk space", well=True, found=f"{shutil.disk_usage(Path.cwd()).free / _GIB:.0f} GiB here"),
         _attempt("writing here", _writing, "Go to a folder that you may write to, or give --out."),
     )
@@ -64,14 +65,14 @@ def _torch() -> str:
     return f"{torch.__version__}, {', '.join(devices) if devices else 'no CUDA device: runs on the CPU'}"
 
 
-def _detectors() -> Iterator[Finding]:
-    for name in installed(DETECTORS):
+def _plugins(kind: str, group: str) -> Iterator[Finding]:
+    for name in installed(group):
         try:
-            load_plugin(DETECTORS, name)
+            load_plugin(group, name)
         except WsiAnomalyError as error:
-            yield Finding(f"detector {name}", well=False, found="cannot be loaded", remedy=str(error))
+            yield Finding(f"{kind} {name}", well=False, found="cannot be loaded", remedy=str(error))
         else:
-            yield Finding(f"detector {name}", well=True, found="can be loaded")
+            yield Finding(f"{kind} {name}", well=True, found="can be loaded")
 
 
 def _writing() -> str:

@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
@@ -9,16 +10,19 @@ from wsi_anomaly.cohort import CohortSlide
 from wsi_anomaly.detectors.protocol import Scorer
 from wsi_anomaly.errors import CohortError, OutputError
 from wsi_anomaly.execution import Listener, Progress, Resources, listening, processes, report
+from wsi_anomaly.pipeline.keyword_frequency import frequency_of_training, write_keyword_frequency
 from wsi_anomaly.pipeline.ledger import Ledger
 from wsi_anomaly.pipeline.preparing import prepare_all, process_count
-from wsi_anomaly.pipeline.preset import Pipeline, build_detector
+from wsi_anomaly.pipeline.preset import Pipeline, build_detector, write_pipeline
+from wsi_anomaly.pipeline.prompting import build_prompter, prompt
 from wsi_anomaly.pipeline.running import score
 from wsi_anomaly.stages.calibrate import Selection, calibrate
 from wsi_anomaly.stages.fit import Split, fit_detector, fit_recipe, split_tissue
+from wsi_anomaly.stages.prompt import Prompter
 from wsi_anomaly.stages.score import FittedDetector
 from wsi_anomaly.storage.layout import ModelFolder, RunFolder
 from wsi_anomaly.storage.lock import locked
-from wsi_anomaly.storage.model import Model, read_manifest, read_model, write_manifest, write_toml
+from wsi_anomaly.storage.model import Model, read_manifest, read_model, write_manifest
 from wsi_anomaly.storage.record import Recipe, writable
 from wsi_anomaly.storage.reference import Reference, Source, write_reference
 from wsi_anomaly.storage.slide_table import SlideRow
@@ -41,21 +45,25 @@ def fit(
     pipeline = pipeline.with_defaults()
     model = ModelFolder(out)
     _check_vacant(model)
+    prompter = build_prompter(pipeline.prompt, resources) if pipeline.prompt else None
     shop = model.workshop
     with writable(shop.root), locked(shop.lock), listening(listener):
-        ledger = _prepare(slides, shop, pipeline, resources)
+        ledger = _prepare(slides, shop, pipeline, resources, prompter)
         usable = [shop.slide(slide.slide_id) for slide in slides if ledger.is_well(slide.slide_id)]
         if not usable:
             raise CohortError(f"none of the {len(slides)} slides can be used; the reasons are in {shop.slide_table}")
         wishes = {slide.slide_id: slide.split for slide in slides}
         split = split_tissue(usable, wishes, pipeline.split, seed=pipeline.seed)
-        learning = fit_recipe(split, pipeline.detector, seed=pipeline.seed)
+        learning = fit_recipe(split, pipeline.detector, seed=pipeline.seed, prompted=prompter is not None)
         recipe = _model_recipe(pipeline, split, learning)
         if not _is_there(model, recipe):
+            if prompter:
+                write_keyword_frequency(shop, prompter.vocabulary, {"train": frequency_of_training(split)})
             detector = _fit(shop, split, learning, pipeline, resources)
             reference = _reference(split, detector, pipeline, resources)
             with writable(out):
-                _publish(model, shop, recipe, pipeline=pipeline, split=split, reference=reference)
+                contents = _Contents(pipeline, split, reference, prompter)
+                _publish(model, shop, recipe, contents)
     return read_model(out), ledger.failed
 
 
@@ -85,17 +93,27 @@ def _is_there(model: ModelFolder, recipe: Recipe) -> bool:
     )
 
 
-def _prepare(slides: Sequence[CohortSlide], shop: RunFolder, pipeline: Pipeline, resources: Resources) -> Ledger:
+def _prepare(
+    slides: Sequence[CohortSlide],
+    shop: RunFolder,
+    pipeline: Pipeline,
+    resources: Resources,
+    prompter: Prompter | None,
+) -> Ledger:
     ledger = Ledger(shop, tuple(slide.slide_id for slide in slides))
     with processes(process_count(slides, resources)) as executor:
         for slide, prepared in prepare_all(executor, slides, shop, pipeline, resources=resources):
             with ledger.attempt(slide.slide_id):
                 ledger.add_seconds(slide.slide_id, prepared.result())
+                if prompter:
+                    prompt(shop.slide(slide.slide_id), prompter, resources)
     return ledger
 
 
 def _model_recipe(pipeline: Pipeline, split: Split, learning: Recipe) -> Recipe:
-    table = {key: value for key, value in pipeline.as_table().items() if key not in ("name", "description")}
+    # What `prompt` holds beside places on this machine is in the digests of the prompts learnt from.
+    apart = ("name", "description", "prompt")
+    table = {key: value for key, value in pipeline.as_table().items() if key not in apart}
     return Recipe("model", 1, {"pipeline": table, "split": split.as_dict()}, {"fit": learning.digest})
 
 
@@ -108,6 +126,7 @@ def _fit(shop: RunFolder, split: Split, learning: Recipe, pipeline: Pipeline, re
         learning,
         seed=pipeline.seed,
         device=resources.device,
+        prompted=pipeline.prompt is not None,
     )
     report(Progress("fit", "normal tissue", finished=True))
 
@@ -126,30 +145,46 @@ def _reference(split: Split, detector: FittedDetector, pipeline: Pipeline, resou
     return calibrate([Selection(part.folder, part.tiles) for part in split.reference], source)
 
 
-def _publish(
-    model: ModelFolder, shop: RunFolder, recipe: Recipe, *, pipeline: Pipeline, split: Split, reference: Reference
-) -> None:
+@dataclass(frozen=True, slots=True)
+class _Contents:
+    """What a model holds beside weights."""
+
+    pipeline: Pipeline
+    split: Split
+    reference: Reference
+    prompter: Prompter | None
+
+    @property
+    def image_text_model(self) -> dict[str, str] | None:
+        """Name and digest."""
+        return {"name": self.prompter.model_name, "digest": self.prompter.digest} if self.prompter else None
+
+
+def _publish(model: ModelFolder, shop: RunFolder, recipe: Recipe, contents: _Contents) -> None:
     """Put the model together under another name and give it its own in one step."""
     partial_model = ModelFolder(model.root.with_name(f"{model.root.name}.partial"))
     shutil.rmtree(partial_model.root, ignore_errors=True)
     shutil.copytree(shop.detector, partial_model.detector)
-    write_toml(partial_model.pipeline, pipeline.as_table())
-    write_reference(partial_model.reference, reference)
-    partial_model.card.write_text(_card(model.root.name, pipeline, split, reference), encoding="utf-8")
-    write_manifest(partial_model.root, recipe_digest=recipe.digest)
+    write_pipeline(partial_model, contents.pipeline)
+    if contents.prompter:
+        shutil.copyfile(shop.keyword_table, partial_model.keyword_table)
+    write_reference(partial_model.reference, contents.reference)
+    partial_model.card.write_text(_card(model.root.name, contents), encoding="utf-8")
+    write_manifest(partial_model.root, recipe_digest=recipe.digest, image_text_model=contents.image_text_model)
     if model.root.is_dir():
         model.root.rmdir()  # it is empty: see _check_vacant
     partial_model.root.rename(model.root)
 
 
-def _card(name: str, pipeline: Pipeline, split: Split, reference: Reference) -> str:
+def _card(name: str, contents: _Contents) -> str:
     """The model card: what it is, what it learnt from, what is normal to it."""
-    tables = split.as_dict()
+    pipeline, reference, tables = contents.pipeline, contents.reference, contents.split.as_dict()
     lines = [
         f"# {name}",
         "",
         f"A model of normal tissue for wsi-anomaly. Detector: `{pipeline.detector_name}`. Pipeline: `{pipeline.name}`.",
         f"Tiles: {pipeline.tiles.tile_px} px at {pipeline.tiles.mpp} µm/px.",
+        *_prompt_lines(contents.prompter),
         "",
         "For research. Not a medical device; not for diagnosis.",
         "",
@@ -170,3 +205,14 @@ def _card(name: str, pipeline: Pipeline, split: Split, reference: Reference) -> 
         "",
     ]
     return "\n".join(lines)
+
+
+def _prompt_lines(prompter: Prompter | None) -> list[str]:
+    if prompter is None:
+        return []
+    options = prompter.options
+    line = (
+        f"Prompts: {options.top_k} of {len(prompter.vocabulary)} keywords (`keywords.toml`), chosen by "
+        f"`{prompter.model_name}` (sha256 {prompter.digest[:12]}), {options.weighting} weights."
+    )
+    return [line]

@@ -13,10 +13,14 @@ from wsi_anomaly.errors import OptionsError
 from wsi_anomaly.imaging.tissue import TissueOptions
 from wsi_anomaly.options import Options, nearest, parse_options
 from wsi_anomaly.plugins import DETECTORS, load_plugin
+from wsi_anomaly.prompts.keywords import is_path, load_keywords
 from wsi_anomaly.stages.fit import SplitOptions
 from wsi_anomaly.stages.heatmap import HeatmapOptions
+from wsi_anomaly.stages.prompt import PromptOptions
 from wsi_anomaly.stages.score import ScoreOptions
 from wsi_anomaly.stages.tile import TileOptions
+from wsi_anomaly.storage.layout import ModelFolder, RunFolder
+from wsi_anomaly.storage.model import write_toml
 
 
 class Pipeline(Options):
@@ -28,6 +32,8 @@ class Pipeline(Options):
     """Of which slides are held out and of the noise of a tile. How a detector learns has a seed of its own."""
     tissue: TissueOptions = TissueOptions()
     tiles: TileOptions = TileOptions()
+    prompt: PromptOptions | None = None
+    """Only for detectors that use prompts, embeddings or keyword similarities: the stage is left out without it."""
     split: SplitOptions = SplitOptions()
     detector: dict[str, Any]
     """`name`, an installed detector, and that detector's own options."""
@@ -56,6 +62,13 @@ class Pipeline(Options):
         kept = ScoreOptions(keep_maps=maps, keep_reconstructions=reconstructions)
         return self.model_copy(update={"score": kept})
 
+    def located(self, folder: Path) -> "Pipeline":
+        """The same pipeline, with a relative path of a keyword file taken from `folder`, where its own file lies."""
+        if self.prompt is None or not is_path(self.prompt.keywords):
+            return self
+        prompt = self.prompt.model_copy(update={"keywords": str(folder / self.prompt.keywords)})
+        return self.model_copy(update={"prompt": prompt})
+
     def as_table(self) -> dict[str, Any]:
         """Plain values for a TOML file."""
         return self.model_dump(mode="json")
@@ -74,7 +87,16 @@ def load_pipeline(name_or_path: str | Path) -> Pipeline:
         raise OptionsError(f"{path}: there is no such file. See: wsi-anomaly pipelines") from error
     except (OSError, ValueError) as error:
         raise OptionsError(f"{path}: is not a TOML file that can be read ({error})") from error
-    return parse_options(Pipeline, table, where=path.name)
+    return parse_options(Pipeline, table, where=path.name).located(path.parent)
+
+
+def write_pipeline(folder: RunFolder | ModelFolder, pipeline: Pipeline) -> None:
+    """Write a pipeline with every default, and beside it the keyword list that it uses: the folder may travel."""
+    table = pipeline.as_table()
+    if pipeline.prompt is not None:
+        write_toml(folder.keywords, load_keywords(pipeline.prompt.keywords).model_dump(mode="json"))
+        table["prompt"]["keywords"] = folder.keywords.name
+    write_toml(folder.pipeline, table)
 
 
 def preset_names() -> tuple[str, ...]:

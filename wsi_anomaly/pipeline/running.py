@@ -17,16 +17,19 @@ from wsi_anomaly.detectors.protocol import Scorer
 from wsi_anomaly.errors import CohortError
 from wsi_anomaly.execution import Listener, Progress, Resources, listening, processes, report
 from wsi_anomaly.options import parse_options
+from wsi_anomaly.pipeline.keyword_frequency import frequency_of, read_keyword_frequency, write_keyword_frequency
 from wsi_anomaly.pipeline.ledger import Ledger
 from wsi_anomaly.pipeline.preparing import prepare_all, process_count
-from wsi_anomaly.pipeline.preset import Pipeline, build_detector
+from wsi_anomaly.pipeline.preset import Pipeline, build_detector, write_pipeline
+from wsi_anomaly.pipeline.prompting import build_prompter, prompt
 from wsi_anomaly.stages.calibrate import Selection, calibrate
 from wsi_anomaly.stages.export import export_slide, write_importer
 from wsi_anomaly.stages.heatmap import map_slide
+from wsi_anomaly.stages.prompt import Prompter
 from wsi_anomaly.stages.score import FittedDetector, score_slide
 from wsi_anomaly.storage.layout import RunFolder, SlideFolder
 from wsi_anomaly.storage.lock import locked
-from wsi_anomaly.storage.model import Model, write_toml
+from wsi_anomaly.storage.model import Model
 from wsi_anomaly.storage.record import writable, write_json
 from wsi_anomaly.storage.reference import Reference, write_reference
 from wsi_anomaly.storage.slide_table import SlideRow
@@ -70,6 +73,7 @@ def run(
         raise CohortError("every slide of the cohort is marked 'train' or 'reference': there is none to test")
     folder, pipeline = RunFolder(out), pipeline or pipeline_of(model)
     detector = fitted_detector(model, pipeline, resources.device)
+    prompter = model_prompter(model, pipeline, resources)
     with writable(out), locked(folder.lock), listening(listener):
         started = time.time()
         _write_provenance(folder, model, pipeline, z_from=z_from, started=started)
@@ -79,19 +83,25 @@ def run(
             for slide, prepared in prepare_all(executor, slides, folder, pipeline, resources=resources):
                 with ledger.attempt(slide.slide_id, last=z_from == "model"):
                     ledger.add_seconds(slide.slide_id, prepared.result())
+                    if prompter:
+                        prompt(folder.slide(slide.slide_id), prompter, resources)
                     score(folder.slide(slide.slide_id), detector, pipeline, resources)
                     if z_from == "model":
                         finish(folder.slide(slide.slide_id), model.reference, pipeline)
         if z_from == "cohort":
             _finish_against_cohort(folder, ledger, pipeline)
         write_importer(folder)
+        if prompter:
+            well = [folder.slide(slide_id) for slide_id in ledger.rows if ledger.is_well(slide_id)]
+            trained = read_keyword_frequency(model.folder.keyword_table)
+            write_keyword_frequency(folder, prompter.vocabulary, trained | {"test": frequency_of(well)})
         _write_provenance(folder, model, pipeline, z_from=z_from, started=started, finished=time.time())
     return RunSummary(folder, tuple(ledger.rows.values()), ledger.failed)
 
 
 def pipeline_of(model: Model) -> Pipeline:
     """The pipeline that a model was fitted with."""
-    return parse_options(Pipeline, model.pipeline, where=str(model.folder.pipeline))
+    return parse_options(Pipeline, model.pipeline, where=str(model.folder.pipeline)).located(model.folder.root)
 
 
 def fitted_detector(model: Model, pipeline: Pipeline, device: str) -> FittedDetector:
@@ -107,6 +117,13 @@ def fitted_detector(model: Model, pipeline: Pipeline, device: str) -> FittedDete
     )
 
 
+def model_prompter(model: Model, pipeline: Pipeline, resources: Resources) -> Prompter | None:
+    """What describes tiles as they were described when the model was fitted; None for a model without prompts."""
+    if pipeline.prompt is None:
+        return None
+    return build_prompter(pipeline.prompt, resources, fitted_with=model.image_text_digest)
+
+
 def score(folder: SlideFolder, detector: FittedDetector, pipeline: Pipeline, resources: Resources) -> None:
     """The stage `score` of one slide, with progress."""
     score_slide(
@@ -115,6 +132,7 @@ def score(folder: SlideFolder, detector: FittedDetector, pipeline: Pipeline, res
         pipeline.score,
         seed=pipeline.seed,
         batch_size=resources.batch_size,
+        prompted=pipeline.prompt is not None,
     )
     report(Progress("score", folder.slide_id, finished=True))
 
@@ -141,7 +159,7 @@ def _finish_against_cohort(folder: RunFolder, ledger: Ledger, pipeline: Pipeline
 def _write_provenance(
     folder: RunFolder, model: Model, pipeline: Pipeline, *, z_from: ZFrom, started: float, finished: float | None = None
 ) -> None:
-    write_toml(folder.pipeline, pipeline.as_table())
+    write_pipeline(folder, pipeline)
     write_json(
         folder.run,
         {

@@ -11,6 +11,7 @@ from scipy import ndimage
 from skimage.morphology import disk
 
 from wsi_anomaly.reporting.colours import Z_COLOUR_MAP, Z_SCALE, z_colours
+from wsi_anomaly.reporting.page import round_length, save_picture
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -59,7 +60,7 @@ def write_overview(
     _draw_tiles(page, tile_origins_px, tile_size_px)
     _draw_tissue(page, tissue)
     _draw_scale_bar(page, overview_mpp)
-    _save(page, path)
+    save_picture(page.figure, path)
 
 
 def write_heatmap(
@@ -93,7 +94,7 @@ def write_heatmap(
     _draw_outlines(page, z >= summary.threshold_z, grid_extent_px)
     _draw_scale_bar(page, overview_mpp)
     _draw_colour_bar(page, summary.threshold_z)
-    _save(page, path)
+    save_picture(page.figure, path)
 
 
 @dataclass(frozen=True, slots=True)
@@ -243,19 +244,13 @@ def _edges(inside: Bool[np.ndarray, "row column"]) -> Float[np.ndarray, "edge en
 def _draw_scale_bar(page: _Page, overview_mpp: float) -> None:
     """Of a round length, below the left panel."""
     panel_px = page.size_px[0] * page.scale
-    length_um = _round_length(min(panel_px, 400) / page.scale * overview_mpp / 2)
+    length_um = round_length(min(panel_px, 400) / page.scale * overview_mpp / 2)
     bar_px = length_um / overview_mpp * page.scale
     axes = page.figure.add_axes(_place(page, _MARGIN_PX, 14.0, bar_px, 46.0), xlim=(0, 1), ylim=(0, 1))
     axes.set_axis_off()
     axes.plot([0, 1], [0.85, 0.85], color="black", linewidth=3, solid_capstyle="butt", clip_on=False)
     label = f"{length_um / 1000:g} mm" if length_um >= 1000 else f"{length_um:g} µm"  # noqa: PLR2004 - µm in a mm
     axes.text(0, 0.62, label, va="top", size=11)
-
-
-def _round_length(longest_um: float) -> float:
-    """The longest of 1, 2 or 5 times a power of ten that is not above."""
-    power = 10.0 ** np.floor(np.log10(longest_um))
-    return float(max(factor * power for factor in (1, 2, 5) if factor * power <= longest_um))
 
 
 def _draw_colour_bar(page: _Page, threshold_z: float) -> None:
@@ -275,11 +270,3 @@ def _draw_colour_bar(page: _Page, threshold_z: float) -> None:
 
 def _area_text(area_um2: float) -> str:
     return f"{area_um2 / 1e6:.2f} mm²"
-
-
-def _save(page: _Page, path: Path) -> None:
-    """Without the name and version of the drawing library: equal pictures are equal files."""
-    unfinished = path.with_name(f"{path.name}.partial")
-    # Compressing harder would take as long again as drawing, to save a sixth.
-    page.figure.savefig(unfinished, format="png", metadata={"Software": None}, pil_kwargs={"compress_level": 2})
-    unfinished.replace(path)

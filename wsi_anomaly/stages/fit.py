@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
-from jaxtyping import Bool, Int64
+from jaxtyping import Bool, Float32, Int64
 from pydantic import Field
 
 from wsi_anomaly.detectors.protocol import Detector, TileBatch
@@ -15,6 +15,7 @@ from wsi_anomaly.errors import CohortError
 from wsi_anomaly.execution import Progress, report
 from wsi_anomaly.options import Options
 from wsi_anomaly.storage.layout import RunFolder, SlideFolder
+from wsi_anomaly.storage.prompts import NoPrompts, PromptStore
 from wsi_anomaly.storage.record import Recipe, Record, current_record, read_record, write_json, writing
 from wsi_anomaly.storage.tiles import TileStore
 
@@ -83,9 +84,13 @@ def split_tissue(
     return Split(tuple(map(_whole, train)), tuple(map(_whole, sorted(chosen, key=lambda f: f.slide_id))), by="slides")
 
 
-def fit_recipe(split: Split, detector: Mapping[str, Any], *, seed: int) -> Recipe:
-    """What decides the fitted weights: the detector with its options, the seed, and the pixels to learn from."""
-    tiles = {part.folder.slide_id: _digest(part) for part in split.train}
+def fit_recipe(split: Split, detector: Mapping[str, Any], *, seed: int, prompted: bool = False) -> Recipe:
+    """What decides the fitted weights: the detector with its options, the seed, the pixels and prompts to learn from.
+
+    Raises:
+        MissingOutputError: the stage `prompt` has not run where its outputs are needed.
+    """
+    tiles = {part.folder.slide_id: _digest(part, prompted=prompted) for part in split.train}
     return Recipe("fit", FORMAT_VERSION, {"detector": dict(detector), "seed": seed}, tiles)
 
 
@@ -97,11 +102,12 @@ def fit_detector(
     *,
     seed: int,
     device: str,
+    prompted: bool = False,
 ) -> Record:
     """Fit the detector on the training side, unless that has been done; an interrupted fit goes on where it was."""
     if done := current_record(run.root, recipe):
         return done
-    source = TrainingTiles(split.train, seed=seed)
+    source = TrainingTiles(split.train, seed=seed, prompted=prompted)
     log.info("fitting on %d tiles of %d slides", len(source), len(split.train))
     with writing(run.root, recipe, resume=True) as work:
         detector.fit(source, work.folder / run.detector.name, device=device)
@@ -113,8 +119,9 @@ def fit_detector(
 class TrainingTiles:
     """The readable tiles of the training side as a `TileSource`: reads from disk only what is asked for."""
 
-    def __init__(self, parts: Sequence[Part], *, seed: int) -> None:
+    def __init__(self, parts: Sequence[Part], *, seed: int, prompted: bool = False) -> None:
         self._stores = [TileStore(part.folder.tiles) for part in parts]
+        self._prompts = [PromptStore(part.folder.prompts) if prompted else NoPrompts() for part in parts]
         self._tiles = [
             np.flatnonzero(part.tiles & store.readable) for part, store in zip(parts, self._stores, strict=True)
         ]
@@ -142,15 +149,26 @@ class TrainingTiles:
         back = np.argsort(order)
         self._read += len(indices)
         report(Progress("fit", "normal tissue", self._read))
+        prompts = [prompt for part in parts for prompt in part.prompts]
         return TileBatch(
             pixels=np.concatenate([part.pixels for part in parts])[back],
             seeds=np.concatenate([part.seeds for part in parts])[back],
-            prompts=((),) * len(indices),
+            prompts=tuple(prompts[position] for position in back),
+            embeddings=_joined([part.embeddings for part in parts], back),
+            keyword_scores=_joined([part.keyword_scores for part in parts], back),
         )
 
     def _read_from(self, slide: int, indices: Int64[np.ndarray, " tile"]) -> TileBatch:
         store, tiles = self._stores[slide], self._tiles[slide][indices - self._starts[slide]]
-        return TileBatch(store.read(tiles), store.seeds(tiles, self._seed), prompts=((),) * len(tiles))
+        return TileBatch(store.read(tiles), store.seeds(tiles, self._seed), *self._prompts[slide].read(tiles))
+
+
+def _joined(
+    parts: Sequence[Float32[np.ndarray, "_ d"] | None], order: Int64[np.ndarray, " tile"]
+) -> Float32[np.ndarray, "tile d"] | None:
+    """The rows of all parts in a new order; nothing where there is nothing."""
+    present = [part for part in parts if part is not None]
+    return np.concatenate(present)[order] if present else None
 
 
 _ENOUGH_SLIDES = 5
@@ -192,6 +210,7 @@ def _lot(seed: int, name: str) -> int:
     return zlib.crc32(f"{seed}|{name}".encode())
 
 
-def _digest(part: Part) -> str:
-    """Which pixels a part holds: the tiles' record and the choice among them."""
-    return f"{read_record(part.folder.root, 'tile').digest}:{zlib.crc32(np.packbits(part.tiles).tobytes()):08x}"
+def _digest(part: Part, *, prompted: bool) -> str:
+    """Which pixels (and prompts) a part holds: the record of the last stage, and the choice among the tiles."""
+    record = read_record(part.folder.root, "prompt" if prompted else "tile")
+    return f"{record.digest}:{zlib.crc32(np.packbits(part.tiles).tobytes()):08x}"

@@ -12,6 +12,7 @@ from wsi_anomaly.errors import ModelError, OptionsError
 from wsi_anomaly.execution import Progress, read_ahead, report
 from wsi_anomaly.options import Options
 from wsi_anomaly.storage.layout import SlideFolder
+from wsi_anomaly.storage.prompts import NoPrompts, PromptStore
 from wsi_anomaly.storage.record import Recipe, Record, current_record, read_record, writing
 from wsi_anomaly.storage.scores import ScoreWriter
 from wsi_anomaly.storage.tiles import TileStore
@@ -48,20 +49,25 @@ def score_slide(
     *,
     seed: int,
     batch_size: int,
+    prompted: bool = False,
 ) -> Record:
     """Score the tiles of a slide, unless that has been done with the same model. Unreadable tiles get NaN.
 
+    With `prompted` the detector is told what the stage `prompt` found.
+
     Raises:
-        MissingOutputError: the stage `tile` has not run.
+        MissingOutputError: the stage `tile` has not run, or `prompt` where it is needed.
         ModelError: the model was fitted on tiles of another size or mpp.
         OptionsError: the detector makes no maps or reconstructions, and they are to be kept.
     """
-    tiles = read_record(folder.root, "tile")
-    settings = options.model_dump() | {"seed": seed}
-    recipe = Recipe("score", FORMAT_VERSION, settings, {"tiles": tiles.digest, "detector": detector.digest})
+    inputs = {"tiles": read_record(folder.root, "tile").digest, "detector": detector.digest}
+    if prompted:
+        inputs["prompts"] = read_record(folder.root, "prompt").digest
+    recipe = Recipe("score", FORMAT_VERSION, options.model_dump() | {"seed": seed}, inputs)
     if done := current_record(folder.root, recipe):
         return done
     store = TileStore(folder.tiles)
+    prompts = PromptStore(folder.prompts) if prompted else NoPrompts()
     _check_tiles(store, detector, folder.slide_id)
     scorer, score_names = detector.load()
     _check_abilities(scorer, detector.name, options)
@@ -75,20 +81,22 @@ def score_slide(
             reconstructions=options.keep_reconstructions != "none",
         )
         with writer:
-            for readable, batch in _batches(store, seed=seed, batch_size=batch_size):
+            for readable, batch in _batches(store, prompts, seed=seed, batch_size=batch_size):
                 writer.append(readable, *_outputs(scorer, batch, options, len(score_names)))
                 report(Progress("score", folder.slide_id, writer.tiles_done, len(store)))
         work.facts.update({"scored": int(store.readable.sum())})
     return read_record(folder.root, "score")
 
 
-def _batches(store: TileStore, *, seed: int, batch_size: int) -> Iterator[tuple[Bool[np.ndarray, " tile"], TileBatch]]:
+def _batches(
+    store: TileStore, prompts: PromptStore | NoPrompts, *, seed: int, batch_size: int
+) -> Iterator[tuple[Bool[np.ndarray, " tile"], TileBatch]]:
     """All tiles in their order: which of a batch are readable, and those. The next batch is read meanwhile."""
 
     def read(indices: Int64[np.ndarray, " tile"]) -> tuple[Bool[np.ndarray, " tile"], TileBatch]:
         readable = store.readable[indices]
         kept = indices[readable]
-        return readable, TileBatch(store.read(kept), store.seeds(kept, seed), prompts=((),) * len(kept))
+        return readable, TileBatch(store.read(kept), store.seeds(kept, seed), *prompts.read(kept))
 
     chunks = np.split(np.arange(len(store)), range(batch_size, len(store), batch_size))
     return read_ahead(read, chunks, threads=1)
