@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 
 from wsi_anomaly import __version__
 from wsi_anomaly.cli.app import app, main
+from wsi_anomaly.errors import KeywordError, MissingOutputError, ModelError, OptionsError
 from wsi_anomaly.storage.slide_table import read_slide_table
 from wsi_anomaly.synthetic import write_slide
 
@@ -191,6 +192,73 @@ def test_looking_around_prints_a_table(name: str) -> None:
     status, out, _ = command(name)
     assert status == 0
     assert "autoencoder" in out
+
+
+def test_keyword_lists_are_listed_and_printed() -> None:
+    """With their categories and source."""
+    status, out, _ = command("keywords")
+    assert status == 0
+    assert all(name in out for name in ("lymph_node", "breast", "colon", "kidney"))
+    status, out, _ = command("keywords", "lymph_node")
+    assert status == 0
+    assert re.search(r"medullary sinuses +sinus +normal", out)
+    assert "Source: AnoPILaD" in out
+
+
+def test_a_keyword_file_is_checked(tmp_path: Path) -> None:
+    """The fault and its line."""
+    (tmp_path / "mine.toml").write_text(
+        'organ = "x"\nsource = "x"\nnote = "x"\nnormal = [\n  { text = "Capsule", category = "stroma" },\n'
+        '  { text = "capsule", category = "stroma" },\n]\n'
+    )
+    with pytest.raises(KeywordError, match=r"line 6.*'capsule'"):
+        command("keywords", tmp_path / "mine.toml")
+
+
+def test_prompts_are_described_and_explained(slides: Path, small_conch: Path, tmp_path: Path) -> None:
+    """The stage alone: arrays, table, chart, and the picture of one slide."""
+    results = tmp_path / "results"
+    (tmp_path / "mine.toml").write_text(
+        f'name = "mine"\n[tiles]\ntile_px = 64\nstride_px = 64\n[prompt.model]\nname = "conch"\n'
+        f'weights = "{small_conch}"\n[detector]\nname = "autoencoder"\n'
+    )
+    for stage in ("mask", "tile"):
+        assert command(stage, slides, "-o", results, "-p", tmp_path / "mine.toml")[0] == 0
+    arguments = ("prompt", results, "-p", tmp_path / "mine.toml", "--offline")
+    status, out, _ = command(*arguments, "--explain", "node")
+    assert status == 0
+    assert "prompts.png" in out
+    folder = results / "slides" / "node"
+    assert (folder / "prompts.png").stat().st_size > 50_000
+    assert (results / "keyword_frequency.csv").exists()
+    assert (results / "keyword_frequency.png").exists()
+    with pytest.raises(MissingOutputError, match="did you mean 'node'"):
+        command(*arguments, "--explain", "nod")
+
+
+def test_conch_without_weights_says_what_to_do_at_once(slides: Path, tmp_path: Path) -> None:
+    """Offline: no time-out, no traceback."""
+    results = tmp_path / "results"
+    for stage in ("mask", "tile"):
+        assert command(stage, slides, "-o", results)[0] == 0
+    with pytest.raises(ModelError, match=r"MahmoodLab/conch: is not on this machine.*--offline"):
+        command("prompt", results, "--offline")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [(("-p", "autoencoder"), r"no table \[prompt\]"), (("-p", "autoencoder", "-m", "MODEL"), "not both")],
+)
+def test_a_pipeline_without_prompts_describes_nothing(
+    slides: Path, workplace: Path, tmp_path: Path, arguments: tuple[str, ...], message: str
+) -> None:
+    """And only one of model and pipeline can say how."""
+    results = tmp_path / "results"
+    for stage in ("mask", "tile"):
+        assert command(stage, slides, "-o", results)[0] == 0
+    typed = [workplace / "model" if argument == "MODEL" else argument for argument in arguments]
+    with pytest.raises(OptionsError, match=message):
+        command("prompt", results, *typed)
 
 
 def test_a_printed_preset_is_a_pipeline_file(tmp_path: Path) -> None:

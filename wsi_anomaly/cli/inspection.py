@@ -64,8 +64,9 @@ def keywords(
         return
     listing = _table("list", "organ", "normal", "abnormal", "source")
     for list_name in keyword_list_names():
-        words = load_keywords(list_name)
-        listing.add_row(list_name, words.organ, str(len(words.normal)), str(len(words.abnormal)), escape(words.source))
+        listed = load_keywords(list_name)
+        counts = (str(len(listed.normal)), str(len(listed.abnormal)))
+        listing.add_row(list_name, listed.organ, *counts, escape(listed.source))
     stdout.print(listing)
 
 
