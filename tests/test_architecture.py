@@ -12,7 +12,7 @@ HOMES = {
     "openslide": ("slides",),
     "tiffslide": ("slides",),
     "zarr": ("storage",),
-    "torch": ("detectors", "prompts", "devices", "torchvision_shim", "testing"),
+    "torch": ("detectors", "prompts", "devices", "checkpoints", "torchvision_shim", "testing"),
     "huggingface_hub": ("hub",),
     "typer": ("cli",),
     "rich": ("cli",),

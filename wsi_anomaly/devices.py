@@ -39,7 +39,7 @@ def reproducible() -> Iterator[None]:
 
 def to_tensor(pixels: UInt8[np.ndarray, "tile y x rgb"], device: torch.device) -> Float32[torch.Tensor, "tile rgb y x"]:
     """Intensities in [0, 1], in channels_last memory format: it is what convolutions are fastest on."""
-    return _intensities(torch.tensor(pixels, device=device))
+    return intensities(torch.tensor(pixels, device=device))
 
 
 def to_pixels(images: Float32[torch.Tensor, "tile rgb y x"]) -> UInt8[torch.Tensor, "tile y x rgb"]:
@@ -53,7 +53,7 @@ def apply_in_chunks(
     device: torch.device,
 ) -> Shaped[np.ndarray, "tile ..."]:
     """The function's value for the intensities of each tile, whatever other tiles come with it."""
-    return in_fixed_chunks(lambda chunk: function(_intensities(chunk)), pixels, device)
+    return in_fixed_chunks(lambda chunk: function(intensities(chunk)), pixels, device)
 
 
 def in_fixed_chunks(
@@ -78,5 +78,6 @@ def in_fixed_chunks(
     return np.concatenate(parts)
 
 
-def _intensities(pixels: UInt8[torch.Tensor, "tile y x rgb"]) -> Float32[torch.Tensor, "tile rgb y x"]:
+def intensities(pixels: UInt8[torch.Tensor, "tile y x rgb"]) -> Float32[torch.Tensor, "tile rgb y x"]:
+    """Pixels as intensities in [0, 1], colours first."""
     return pixels.permute(0, 3, 1, 2).float() / 255
