@@ -7,7 +7,7 @@ import pytest
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
 from wsi_anomaly.errors import ModelError
-from wsi_anomaly.hub import hub_folder
+from wsi_anomaly.hub import hub_folder, hub_parts
 
 REPOSITORY = "laboratory/model"
 
@@ -119,3 +119,31 @@ def test_what_is_neither_a_path_nor_a_repository_is_said_to_be_so() -> None:
     """Such as a misspelt folder."""
     with pytest.raises(ModelError, match="neither a path that exists nor a repository"):
         hub_folder("/no/such/folder", weights=("*.bin",), offline=False)
+
+
+def test_a_copy_counts_only_if_no_part_is_missing(hub: Path) -> None:
+    """Of each part any choice will do."""
+    folder = cached(hub, "a.bin", "b.safetensors")
+    choices = [(f"{part}.safetensors", f"{part}.bin") for part in "ab"]
+    assert hub_parts(REPOSITORY, choices, offline=True) == folder
+    with pytest.raises(ModelError, match="is not on this machine"):
+        hub_parts(REPOSITORY, [*choices, ("c.bin",)], offline=True)
+
+
+def test_of_each_part_the_preferred_file_is_fetched(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A part that the repository lacks is said before anything is fetched."""
+    asked: list[object] = []
+
+    def fetch(_: str, *, allow_patterns: object = None, local_files_only: bool = False) -> str:
+        if local_files_only:
+            raise huggingface_hub.errors.LocalEntryNotFoundError("none")
+        asked.append(allow_patterns)
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", lambda *_: ["a/x.bin", "b/x.bin", "b/x.safetensors"])
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
+    choices = [(f"{part}/x.safetensors", f"{part}/x.bin") for part in "ab"]
+    assert hub_parts(REPOSITORY, choices, beside=("*.json",), offline=False) == tmp_path
+    with pytest.raises(ModelError, match=r"none of c/x\.bin"):
+        hub_parts(REPOSITORY, [*choices, ("c/x.bin",)], offline=False)
+    assert asked == [["a/x.bin", "b/x.safetensors", "*.json"]]

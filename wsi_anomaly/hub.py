@@ -24,21 +24,40 @@ def hub_folder(
     Raises:
         ModelError: the repository is gated, has no such files or cannot be reached; says what to do instead.
     """
-    if cached := _cached(repository, weights):
+    return hub_parts(repository, [weights], beside=beside, licence=licence, offline=offline)
+
+
+def hub_parts(
+    repository: str,
+    parts: Sequence[Sequence[str]],
+    *,
+    beside: Sequence[str] = (),
+    licence: str = "its licence",
+    offline: bool,
+) -> Path:
+    """The same for a repository of several parts, each a choice of names or patterns in order of preference.
+
+    A copy on this machine counts if it has a file of every part.
+
+    Raises:
+        ModelError: the repository is gated, lacks a part or cannot be reached; says what to do instead.
+    """
+    if cached := _cached(repository, parts):
         return cached
     if offline:
         raise ModelError(
-            f"{repository}: is not on this machine, and --offline forbids to fetch it. Run once without --offline, or "
-            "copy the repository's files into a folder and give that folder's path."
+            f"{repository}: is not on this machine, and --offline forbids to fetch it. Run once without --offline "
+            f"(accept {licence} on the repository's page of the Hugging Face hub; gated weights need 'hf auth login'), "
+            "or copy the repository's files into a folder and give that folder's path."
         )
     log.info("fetching %s from the Hugging Face hub", repository)
     try:
-        return _download(repository, weights, beside)
+        return _download(repository, parts, beside)
     except Exception as error:
         raise _explained(error, repository, licence) from error
 
 
-def _cached(repository: str, weights: Sequence[str]) -> Path | None:
+def _cached(repository: str, parts: Sequence[Sequence[str]]) -> Path | None:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
@@ -48,17 +67,17 @@ def _cached(repository: str, weights: Sequence[str]) -> Path | None:
         return None
     except HFValidationError as error:
         raise ModelError(f"'{repository}' is neither a path that exists nor a repository of the hub") from error
-    return folder if any(next(folder.glob(pattern), None) for pattern in weights) else None
+    return folder if all(any(next(folder.glob(name), None) for name in choice) for choice in parts) else None
 
 
-def _download(repository: str, weights: Sequence[str], beside: Sequence[str]) -> Path:
+def _download(repository: str, parts: Sequence[Sequence[str]], beside: Sequence[str]) -> Path:
     from huggingface_hub import HfApi, snapshot_download
 
     names = HfApi().list_repo_files(repository)
-    chosen = next((pattern for pattern in weights if fnmatch.filter(names, pattern)), None)
-    if chosen is None:
-        raise FileNotFoundError(f"it has none of {', '.join(weights)}")
-    return Path(snapshot_download(repository, allow_patterns=[chosen, *beside]))
+    chosen = [next((name for name in choice if fnmatch.filter(names, name)), None) for choice in parts]
+    if lacking := [choice for choice, name in zip(parts, chosen, strict=True) if name is None]:
+        raise FileNotFoundError(f"it has none of {', '.join(lacking[0])}")
+    return Path(snapshot_download(repository, allow_patterns=[*filter(None, chosen), *beside]))
 
 
 def _explained(error: Exception, repository: str, licence: str) -> ModelError:

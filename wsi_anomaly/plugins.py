@@ -6,6 +6,7 @@ from typing import Any
 
 from wsi_anomaly.errors import MissingExtraError, PluginError, UnknownPluginError
 from wsi_anomaly.options import nearest
+from wsi_anomaly.torchvision_shim import make_importable
 
 DETECTORS = "wsi_anomaly.detectors"
 IMAGE_TEXT_MODELS = "wsi_anomaly.image_text_models"
@@ -30,6 +31,7 @@ def load_plugin(group: str, name: str) -> Any:  # noqa: ANN401 - the group decid
     if entry is None:
         raise UnknownPluginError(f"no {kind} is named '{name}' ({nearest(name, installed(group))})")
     try:
+        make_importable()
         return entry.load()
     except ModuleNotFoundError as error:
         raise MissingExtraError(

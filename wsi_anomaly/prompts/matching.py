@@ -30,9 +30,7 @@ class TextSide:
     joiner_tokens: int
 
 
-def text_side(
-    embedder: Embedder, keywords: Sequence[str], templates: Sequence[str], *, model_digest: str
-) -> TextSide:
+def text_side(embedder: Embedder, keywords: Sequence[str], templates: Sequence[str], *, model_digest: str) -> TextSide:
     """The vectors of keywords, from a cache of the user's where they have been computed before.
 
     A keyword's vector is the mean of the unit vectors of its templates ("{}" stands for the keyword), made a unit
@@ -69,9 +67,7 @@ def clip_tokens(texts: Sequence[str]) -> Int64[np.ndarray, " text"]:
     return np.array([len(tokenizer.encode(text)) for text in texts], np.int64)
 
 
-def _vectors(
-    embedder: Embedder, keywords: Sequence[str], templates: Sequence[str]
-) -> Float32[np.ndarray, "keyword d"]:
+def _vectors(embedder: Embedder, keywords: Sequence[str], templates: Sequence[str]) -> Float32[np.ndarray, "keyword d"]:
     total = sum(
         embedder.embed_texts([template.replace("{}", keyword) for keyword in keywords]).astype(np.float64)
         for template in templates
@@ -92,9 +88,7 @@ def _keep(path: Path, side: TextSide) -> None:
     unfinished = path.with_suffix(".partial.npz")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        np.savez(
-            unfinished, vectors=side.vectors, tokens=side.tokens, frame=[side.prefix_tokens, side.joiner_tokens]
-        )
+        np.savez(unfinished, vectors=side.vectors, tokens=side.tokens, frame=[side.prefix_tokens, side.joiner_tokens])
         unfinished.replace(path)
     except OSError as error:
         log.info("%s: cannot be written (%s): keywords will be embedded again next time", path.parent, error.strerror)
