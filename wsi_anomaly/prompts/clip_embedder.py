@@ -28,6 +28,11 @@ class ClipEmbedder:
     of_texts: Callable[[torch.Tensor], Vectors]
     device: torch.device
 
+    @property
+    def on_cpu(self) -> bool:
+        """See `Embedder`."""
+        return self.device.type == "cpu"
+
     def prepare(self, pixels: UInt8[np.ndarray, "tile y x rgb"]) -> Float32[np.ndarray, "tile rgb height width"]:
         """Tiles resized, cropped and normalised as the model's own preprocessing does."""
         tiles = pixels if len(pixels) else np.zeros((1, 1, 1, 3), np.uint8)  # no tiles: one still tells the size

@@ -135,6 +135,11 @@ class ConchEmbedder:
     sizes: ConchSizes
     device: torch.device
 
+    @property
+    def on_cpu(self) -> bool:
+        """See `Embedder`."""
+        return self.device.type == "cpu"
+
     def prepare(self, pixels: UInt8[np.ndarray, "tile y x rgb"]) -> UInt8[np.ndarray, "tile size size rgb"]:
         """Tiles resized to the model's image by their shorter side, bicubic as in Pillow, and cropped to its middle."""
         size_px = self.sizes.image_px

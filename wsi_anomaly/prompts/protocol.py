@@ -11,6 +11,10 @@ from jaxtyping import Float32, Shaped, UInt8
 class Embedder(Protocol):
     """A loaded image-text model: tiles and texts as unit vectors of one space, where the near ones mean the same."""
 
+    @property
+    def on_cpu(self) -> bool:
+        """Whether it computes on the cores that could prepare tiles meanwhile: then one thread does that, not many."""
+
     def prepare(self, pixels: UInt8[np.ndarray, "tile y x rgb"]) -> Shaped[np.ndarray, "tile ..."]:
         """Tiles resized as the model wants them: the part that a reading thread does while the model computes."""
 

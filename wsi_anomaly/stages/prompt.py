@@ -100,7 +100,13 @@ def prompt_slide(folder: SlideFolder, prompter: Prompter, *, batch_size: int) ->
             keywords=prompter.keywords,
             attributes=_attributes(prompter),
         )
-        _embed(store, writer, embedder, texts, _Pace(folder.slide_id, batch_size, prompter.threads))
+        _embed(
+            store,
+            writer,
+            embedder,
+            texts,
+            _Pace(folder.slide_id, batch_size, 1 if embedder.on_cpu else prompter.threads),
+        )
         built = _build(writer.similarity(), texts, prompter.options)
         writer.finish(built.keywords, built.weights, _texts(built, prompter.keywords))
         _tell(folder.slide_id, built, prompter.options)
