@@ -46,9 +46,12 @@ class Resources:
     device: str = "auto"
     workers: int = 0
     """Threads and processes that read slides; 0 means as many as there are cores."""
-    batch_size: int = 32
+    batch_size: int = 64
+    """Tiles read at once; networks compute in portions of their own."""
     offline: bool = False
     """Ask the network for nothing, not even for weights that are missing."""
+    base_weights: str = ""
+    """Where a detector's base model lies on this machine, instead of where the pipeline says."""
     image_text_weights: str = ""
     """Where the image-text model's weights lie on this machine, instead of where the pipeline says."""
 

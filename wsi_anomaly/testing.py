@@ -23,6 +23,7 @@ from jaxtyping import Float32, Int64, UInt8, UInt64
 from wsi_anomaly.detectors.protocol import Localizer, Reconstructor, Scorer, TileBatch
 from wsi_anomaly.errors import ModelError
 from wsi_anomaly.options import Options, parse_options
+from wsi_anomaly.torchvision_shim import make_importable
 
 
 class TilesInMemory:
@@ -54,9 +55,9 @@ class TilesInMemory:
 def batch_of(
     pixels: UInt8[np.ndarray, "tile y x rgb"], *, seeds: UInt64[np.ndarray, " tile"] | None = None
 ) -> TileBatch:
-    """A batch of these tiles without prompts; seeds count from 0 if none are given."""
+    """A batch of these tiles under one plain prompt; seeds count from 0 if none are given."""
     seeds = np.arange(len(pixels), dtype=np.uint64) if seeds is None else seeds
-    return TileBatch(pixels, seeds, prompts=((),) * len(pixels))
+    return TileBatch(pixels, seeds, prompts=((("tissue", 1.0),),) * len(pixels))
 
 
 def smooth_tiles(count: int, tile_px: int, *, seed: int) -> UInt8[np.ndarray, "tile y x rgb"]:
@@ -238,6 +239,7 @@ def _described(detector: Options) -> dict[str, Any]:
 
 
 def _detector_of(description: dict[str, Any]) -> Any:  # noqa: ANN401 - both a Detector and Options
+    make_importable()  # as the door does through which plug-ins come
     options_class = getattr(importlib.import_module(description["module"]), description["class"])
     return parse_options(options_class, description["options"], where="test")
 

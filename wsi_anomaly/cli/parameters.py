@@ -41,6 +41,19 @@ ImageTextWeights = Annotated[
         show_default=False,
     ),
 ]
+KeepReconstructions = Annotated[
+    str,
+    typer.Option(
+        metavar="none|all|worst:N", help="Keep tiles as the model rebuilds them: all, or the N worst a slide."
+    ),
+]
+BaseWeights = Annotated[
+    str,
+    typer.Option(
+        help="Where the base model (Stable Diffusion) lies on this machine, instead of where the pipeline says.",
+        show_default=False,
+    ),
+]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")]
 LogFile = Annotated[
     Path | None, typer.Option(help="Write everything that happens to this file too, as JSON lines.", show_default=False)

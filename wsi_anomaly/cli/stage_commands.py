@@ -88,29 +88,37 @@ def score(
     results: p.Results,
     model: p.ModelPath,
     keep_maps: Annotated[Literal["none", "all"], typer.Option(help="Keep the per-pixel anomaly of tiles.")] = "none",
-    keep_reconstructions: Annotated[
-        Literal["none", "all"], typer.Option(help="Keep tiles as the model rebuilds them.")
-    ] = "none",
+    keep_reconstructions: p.KeepReconstructions = "none",
+    explain: Annotated[
+        str | None,
+        typer.Option(metavar="SLIDE_ID", help="Draw the tiles of highest and of median z of this slide: scores.png."),
+    ] = None,
     device: p.Device = p.DEFAULTS.device,
     batch_size: p.BatchSize = p.DEFAULTS.batch_size,
+    base_weights: p.BaseWeights = p.DEFAULTS.base_weights,
+    offline: p.Offline = p.DEFAULTS.offline,
     quiet: p.Quiet = False,
     log_file: p.LogFile = None,
 ) -> None:
     """Score tiles with a model: RESULTS/slides/<slide_id>/scores.zarr. Needs tile."""
+    from wsi_anomaly.pipeline.explaining import explain_scores
     from wsi_anomaly.pipeline.running import fitted_detector, pipeline_of
     from wsi_anomaly.pipeline.running import score as score_slide
-    from wsi_anomaly.pipeline.single import apply_alone, having
+    from wsi_anomaly.pipeline.single import apply_alone, having, having_slide
     from wsi_anomaly.storage.layout import RunFolder
     from wsi_anomaly.storage.model import read_model
 
     run, fitted = RunFolder(results), read_model(model)
     pipeline = pipeline_of(fitted).keeping(maps=keep_maps, reconstructions=keep_reconstructions)
-    resources = Resources(device=device, batch_size=batch_size)
-    detector = fitted_detector(fitted, pipeline, device)
+    resources = Resources(device=device, batch_size=batch_size, offline=offline, base_weights=base_weights)
+    detector = fitted_detector(fitted, pipeline, resources)
     with session(slides=len(having(run, "tile")), quiet=quiet, log_file=log_file) as bars:
         failed = apply_alone(
             "score", "tile", run, lambda slide: score_slide(slide, detector, pipeline, resources), listener=bars
         )
+        if explain is not None:
+            picture = explain_scores(having_slide(run, "score", explain), detector, fitted.reference, pipeline)
+            stdout.print(f"Look at {picture}", markup=False, highlight=False, soft_wrap=True)
     _leave(failed)
 
 

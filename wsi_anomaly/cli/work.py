@@ -19,6 +19,7 @@ def fit(
     device: p.Device = p.DEFAULTS.device,
     workers: p.Workers = p.DEFAULTS.workers,
     batch_size: p.BatchSize = p.DEFAULTS.batch_size,
+    base_weights: p.BaseWeights = p.DEFAULTS.base_weights,
     image_text_weights: p.ImageTextWeights = p.DEFAULTS.image_text_weights,
     offline: p.Offline = p.DEFAULTS.offline,
     quiet: p.Quiet = False,
@@ -38,6 +39,7 @@ def fit(
         workers=workers,
         batch_size=batch_size,
         offline=offline,
+        base_weights=base_weights,
         image_text_weights=image_text_weights,
     )
     with session(slides=len(cohort), quiet=quiet, log_file=log_file) as bars:
@@ -61,12 +63,11 @@ def run(
         ),
     ] = "model",
     keep_maps: Annotated[Literal["none", "all"], typer.Option(help="Keep the per-pixel anomaly of tiles.")] = "none",
-    keep_reconstructions: Annotated[
-        Literal["none", "all"], typer.Option(help="Keep tiles as the model rebuilds them.")
-    ] = "none",
+    keep_reconstructions: p.KeepReconstructions = "none",
     device: p.Device = p.DEFAULTS.device,
     workers: p.Workers = p.DEFAULTS.workers,
     batch_size: p.BatchSize = p.DEFAULTS.batch_size,
+    base_weights: p.BaseWeights = p.DEFAULTS.base_weights,
     image_text_weights: p.ImageTextWeights = p.DEFAULTS.image_text_weights,
     offline: p.Offline = p.DEFAULTS.offline,
     quiet: p.Quiet = False,
@@ -89,6 +90,7 @@ def run(
         workers=workers,
         batch_size=batch_size,
         offline=offline,
+        base_weights=base_weights,
         image_text_weights=image_text_weights,
     )
     with session(slides=len(cohort), quiet=quiet, log_file=log_file) as bars:

@@ -16,11 +16,11 @@ from jaxtyping import Float, Float32, UInt8
 from pydantic import Field, PositiveInt
 from torch import nn
 
-from wsi_anomaly.devices import apply_in_chunks, resolve_device, to_pixels, to_tensor
 from wsi_anomaly.detectors.protocol import TileBatch, TileSource
 from wsi_anomaly.detectors.residuals import squared_error_map, tile_means
 from wsi_anomaly.detectors.training import Learner, TrainingOptions, train
 from wsi_anomaly.detectors.weights import load_weights
+from wsi_anomaly.devices import apply_in_chunks, resolve_device, to_pixels, to_tensor
 from wsi_anomaly.errors import OptionsError
 from wsi_anomaly.options import Options
 

@@ -1,12 +1,12 @@
 """What a detector is. A plug-in fulfils these protocols; `wsi_anomaly.testing.DetectorContract` checks that it does."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float32, Int64, UInt8, UInt64
-
 
 Fragment = tuple[str, float]
 """A piece of a prompt and its weight, 1 being plain. Never parsed: a keyword may hold any character."""
@@ -59,7 +59,9 @@ class Scorer(Protocol):
 class Detector(Protocol):
     """A way to find anomalies, not yet trained. Its fields are its options."""
 
-    score_names: ClassVar[tuple[str, ...]]
+    @property
+    def score_names(self) -> tuple[str, ...]:
+        """What `Scorer.score` gives, in this order."""
 
     def fit(self, tiles: TileSource, checkpoint: Path, *, device: str) -> None:
         """Learn normal tissue from `tiles` and leave the weights in the folder `checkpoint`.
@@ -73,6 +75,23 @@ class Detector(Protocol):
         Raises:
             ModelError: weights are missing, damaged or of another architecture.
         """
+
+
+@runtime_checkable
+class Based(Protocol):
+    """A detector on top of a public base model, which is not part of what `fit` leaves."""
+
+    def on_base(self, place: str, *, offline: bool) -> Detector:
+        """The same detector with its base at another place ("" for the same); `offline` forbids to fetch it."""
+
+
+@runtime_checkable
+class Accountable(Protocol):
+    """A scorer that tells how it scores, for the record."""
+
+    @property
+    def facts(self) -> Mapping[str, Any]:
+        """Plain JSON values."""
 
 
 @runtime_checkable

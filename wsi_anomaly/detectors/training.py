@@ -20,9 +20,9 @@ import torch
 from jaxtyping import Float, Int64
 from pydantic import Field
 
-from wsi_anomaly.devices import reproducible
 from wsi_anomaly.detectors.protocol import TileBatch, TileSource
 from wsi_anomaly.detectors.weights import WEIGHTS, Weights, copy_of, save_weights, write_whole
+from wsi_anomaly.devices import reproducible
 from wsi_anomaly.errors import CohortError, ModelError, OptionsError
 from wsi_anomaly.execution import read_ahead
 from wsi_anomaly.options import Options
@@ -76,8 +76,8 @@ def train(
         ModelError: the loss is no longer a finite number.
     """
     _require_tiles(tiles)
-    identity = _identity(tiles, recipe)
-    if _is_finished(folder, identity):
+    identity = fit_identity(tiles, recipe)
+    if is_finished(folder, identity, weights=WEIGHTS):
         log.info("%s: has been fitted with these options and tiles", folder)
         return
     sides = split_tiles(tiles.groups, options.held_out_fraction, seed=options.seed)
@@ -115,6 +115,39 @@ def split_tiles(groups: Int64[np.ndarray, " tile"], fraction: float, *, seed: in
     return np.flatnonzero(~out), np.flatnonzero(out)
 
 
+def fit_identity(tiles: TileSource, recipe: Mapping[str, Any]) -> str:
+    """Equal for the same options and tiles. Looks at the pixels of the first and the last tile only."""
+    ends = tiles.read(np.array([0, len(tiles) - 1])).pixels
+    seen = {"count": len(tiles), "groups": zlib.crc32(tiles.groups.tobytes()), "ends": zlib.crc32(ends.tobytes())}
+    content = json.dumps({"format_version": FORMAT_VERSION, "recipe": recipe, "tiles": seen}, sort_keys=True)
+    return hashlib.sha256(content.encode()).hexdigest()
+
+
+def is_finished(folder: Path, identity: str, *, weights: str) -> bool:
+    """Whether a fit of this identity is whole: its history is the last file to be written."""
+    try:
+        history = json.loads((folder / HISTORY).read_bytes())
+    except (FileNotFoundError, ValueError):
+        return False
+    return bool(history.get("identity") == identity and (folder / weights).exists())
+
+
+def read_unfinished(path: Path, identity: str, device: torch.device) -> dict[str, Any] | None:
+    """The state of the unfinished fit in `path`, if there is one, it is whole, and its "identity" is this one."""
+    if not path.exists():
+        return None
+    try:
+        state: dict[str, Any] = torch.load(path, map_location=device, weights_only=True)
+        found = state["identity"]
+    except (OSError, RuntimeError, EOFError, KeyError, TypeError, ValueError, pickle.UnpicklingError) as error:
+        log.warning("%s: the unfinished fit is damaged, starting anew (%s)", path, error)
+        return None
+    if found != identity:
+        log.info("the unfinished fit had other options or tiles, starting anew")
+        return None
+    return state
+
+
 @dataclass(frozen=True, slots=True)
 class _Unfinished:
     """The state of a fit between two epochs, on disk."""
@@ -134,17 +167,8 @@ class _Unfinished:
 
     def restore(self, learner: Learner) -> tuple[list[EpochLosses], Weights] | None:
         """History and best weights of the fit that the learner goes on with from now, if there is one."""
-        if not self.path.exists():
-            return None
-        device = next(learner.network.parameters()).device
-        try:
-            state = torch.load(self.path, map_location=device, weights_only=True)
-            identity = state["identity"]
-        except (OSError, RuntimeError, EOFError, KeyError, TypeError, ValueError, pickle.UnpicklingError) as error:
-            log.warning("%s: the unfinished fit is damaged, starting anew (%s)", self.path, error)
-            return None
-        if identity != self.identity:
-            log.info("the unfinished fit had other options or tiles, starting anew")
+        state = read_unfinished(self.path, self.identity, next(learner.network.parameters()).device)
+        if state is None:
             return None
         learner.network.load_state_dict(state["network"])
         learner.optimizer.load_state_dict(state["optimizer"])
@@ -241,23 +265,6 @@ def _require_finite(losses: EpochLosses, epoch: int, options: TrainingOptions) -
             f"training failed in epoch {epoch}: the loss is {losses['train']} (held out: {losses['held_out']}). "
             f"Lower learning_rate (now {options.learning_rate:g}) under [detector.training] of the pipeline file."
         )
-
-
-def _identity(tiles: TileSource, recipe: Mapping[str, Any]) -> str:
-    """Equal for the same options and tiles. Looks at the pixels of the first and the last tile only."""
-    ends = tiles.read(np.array([0, len(tiles) - 1])).pixels
-    seen = {"count": len(tiles), "groups": zlib.crc32(tiles.groups.tobytes()), "ends": zlib.crc32(ends.tobytes())}
-    content = json.dumps({"format_version": FORMAT_VERSION, "recipe": recipe, "tiles": seen}, sort_keys=True)
-    return hashlib.sha256(content.encode()).hexdigest()
-
-
-def _is_finished(folder: Path, identity: str) -> bool:
-    """The history is the last file to be written."""
-    try:
-        history = json.loads((folder / HISTORY).read_bytes())
-    except (FileNotFoundError, ValueError):
-        return False
-    return bool(history.get("identity") == identity and (folder / WEIGHTS).exists())
 
 
 def _generator(seed: tuple[int, ...]) -> torch.Generator:

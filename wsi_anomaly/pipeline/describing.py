@@ -2,14 +2,13 @@
 
 from pathlib import Path
 
-from wsi_anomaly.errors import MissingOutputError, OptionsError
+from wsi_anomaly.errors import OptionsError
 from wsi_anomaly.execution import Listener, Resources
-from wsi_anomaly.options import nearest
 from wsi_anomaly.pipeline.keyword_frequency import frequency_of, read_keyword_frequency, write_keyword_frequency
 from wsi_anomaly.pipeline.preset import load_pipeline
 from wsi_anomaly.pipeline.prompting import build_prompter, prompt
 from wsi_anomaly.pipeline.running import model_prompter, pipeline_of
-from wsi_anomaly.pipeline.single import apply_alone
+from wsi_anomaly.pipeline.single import apply_alone, having_slide
 from wsi_anomaly.reporting.prompt_pictures import choose_tiles, write_prompt_sheet
 from wsi_anomaly.stages.prompt import Prompter, PromptOptions
 from wsi_anomaly.storage.layout import RunFolder, SlideFolder
@@ -39,7 +38,7 @@ def describe_alone(
     """
     fitted = read_model(model) if model else None
     if explain is not None:
-        _check_slide(run, explain)
+        having_slide(run, "tile", explain)
     prompter = _prompter(fitted, pipeline, resources)
     failed = apply_alone("prompt", "tile", run, lambda slide: prompt(slide, prompter, resources), listener=listener)
     described = [slide for slide in run.slides() if find_record(slide.root, "prompt")]
@@ -59,7 +58,7 @@ def explain_prompts(slide: SlideFolder) -> Path:
             slide.prompt_picture,
             tiles.read(chosen),
             [_described(prompts, tile) for tile in chosen.tolist()],
-            captions=[_caption(tile, *tiles.places.origins[tile].tolist()) for tile in chosen.tolist()],
+            captions=[caption(tile, *tiles.places.origins[tile].tolist()) for tile in chosen.tolist()],
             slide_id=slide.slide_id,
             tile_mpp=float(tiles.attributes["tile_mpp"]),
             header=f"{attributes['image_text_model']}, {attributes['weighting']} weights, "
@@ -89,11 +88,6 @@ def _prompter(fitted: Model | None, pipeline: str | None, resources: Resources) 
     return build_prompter(options, resources)
 
 
-def _check_slide(run: RunFolder, slide_id: str) -> None:
-    known = [slide.slide_id for slide in run.slides() if find_record(slide.root, "tile")]
-    if slide_id not in known:
-        raise MissingOutputError(f"{run.root}: there are no tiles of a slide '{slide_id}' ({nearest(slide_id, known)})")
-
-
-def _caption(tile: int, x: int, y: int) -> str:
+def caption(tile: int, x: int, y: int) -> str:
+    """How a tile is named in pictures."""
     return f"tile {tile:,} · x {x:,}, y {y:,}"

@@ -13,7 +13,7 @@ from wsi_anomaly.execution import Listener, Progress, Resources, listening, proc
 from wsi_anomaly.pipeline.keyword_frequency import frequency_of_training, write_keyword_frequency
 from wsi_anomaly.pipeline.ledger import Ledger
 from wsi_anomaly.pipeline.preparing import prepare_all, process_count
-from wsi_anomaly.pipeline.preset import Pipeline, build_detector, write_pipeline
+from wsi_anomaly.pipeline.preset import Pipeline, build_detector_here, write_pipeline
 from wsi_anomaly.pipeline.prompting import build_prompter, prompt
 from wsi_anomaly.pipeline.running import score
 from wsi_anomaly.stages.calibrate import Selection, calibrate
@@ -118,7 +118,7 @@ def _model_recipe(pipeline: Pipeline, split: Split, learning: Recipe) -> Recipe:
 
 
 def _fit(shop: RunFolder, split: Split, learning: Recipe, pipeline: Pipeline, resources: Resources) -> FittedDetector:
-    detector = build_detector(pipeline)
+    detector = build_detector_here(pipeline, resources)
     record = fit_detector(
         shop,
         split,

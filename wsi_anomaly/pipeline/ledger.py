@@ -80,9 +80,11 @@ class Ledger:
         # How long the slide took when it was really worked on.
         seconds = earlier.seconds if unchanged and earlier else None
         facts: dict[str, Any] = {"seconds": self._seconds[slide_id] if seconds is None else seconds}
-        tile, heatmap = find_record(folder.root, "tile"), find_record(folder.root, "heatmap")
+        tile, score, heatmap = (find_record(folder.root, stage) for stage in ("tile", "score", "heatmap"))
         if tile:
             facts |= {"tiles": tile.facts["tiles"], "corrupt_tiles": tile.facts["corrupt"]}
+        if score:
+            facts["failed_tiles"] = score.facts.get("failed", 0)
         if heatmap:
             facts |= {name: value for name, value in heatmap.facts.items() if name in _COLUMNS}
         self.rows[slide_id] = SlideRow(slide_id, "done", **facts)

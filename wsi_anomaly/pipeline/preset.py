@@ -8,8 +8,9 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from wsi_anomaly.detectors.protocol import Detector
+from wsi_anomaly.detectors.protocol import Based, Detector
 from wsi_anomaly.errors import OptionsError
+from wsi_anomaly.execution import Resources
 from wsi_anomaly.imaging.tissue import TissueOptions
 from wsi_anomaly.options import Options, nearest, parse_options
 from wsi_anomaly.plugins import DETECTORS, load_plugin
@@ -57,9 +58,14 @@ class Pipeline(Options):
         options = detector.model_dump(mode="json") if isinstance(detector, Options) else dict(self.detector)
         return self.model_copy(update={"detector": {"name": self.detector_name, **options}})
 
-    def keeping(self, *, maps: Literal["none", "all"], reconstructions: Literal["none", "all"]) -> "Pipeline":
-        """The same pipeline with more kept beside the scores."""
-        kept = ScoreOptions(keep_maps=maps, keep_reconstructions=reconstructions)
+    def keeping(self, *, maps: Literal["none", "all"], reconstructions: str) -> "Pipeline":
+        """The same pipeline with more kept beside the scores.
+
+        Raises:
+            OptionsError: `reconstructions` is neither "none" nor "all" nor, say, "worst:200".
+        """
+        table = {"keep_maps": maps, "keep_reconstructions": reconstructions}
+        kept = parse_options(ScoreOptions, table, where="--keep-reconstructions (none, all, or worst:N)")
         return self.model_copy(update={"score": kept})
 
     def located(self, folder: Path) -> "Pipeline":
@@ -115,6 +121,20 @@ def build_detector(pipeline: Pipeline) -> Detector:
     detector_class = load_plugin(DETECTORS, name)
     options = {key: value for key, value in pipeline.detector.items() if key != "name"}
     detector: Detector = parse_options(detector_class, options, where=f"pipeline '{pipeline.name}', [detector] {name}")
+    return detector
+
+
+def build_detector_here(pipeline: Pipeline, resources: Resources) -> Detector:
+    """The same, with its base model where it lies on this machine.
+
+    Raises:
+        OptionsError: a place for a base model is given, and the detector has none.
+    """
+    detector = build_detector(pipeline)
+    if isinstance(detector, Based):
+        return detector.on_base(resources.base_weights, offline=resources.offline)
+    if resources.base_weights:
+        raise OptionsError(f"--base-weights: the detector '{pipeline.detector_name}' has no base model. Leave it out.")
     return detector
 
 

@@ -20,7 +20,7 @@ from wsi_anomaly.options import parse_options
 from wsi_anomaly.pipeline.keyword_frequency import frequency_of, read_keyword_frequency, write_keyword_frequency
 from wsi_anomaly.pipeline.ledger import Ledger
 from wsi_anomaly.pipeline.preparing import prepare_all, process_count
-from wsi_anomaly.pipeline.preset import Pipeline, build_detector, write_pipeline
+from wsi_anomaly.pipeline.preset import Pipeline, build_detector_here, write_pipeline
 from wsi_anomaly.pipeline.prompting import build_prompter, prompt
 from wsi_anomaly.stages.calibrate import Selection, calibrate
 from wsi_anomaly.stages.export import export_slide, write_importer
@@ -35,6 +35,7 @@ from wsi_anomaly.storage.reference import Reference, write_reference
 from wsi_anomaly.storage.slide_table import SlideRow
 
 ZFrom = Literal["model", "cohort"]
+_VERSIONS = ("numpy", "torch", "diffusers", "transformers", "zarr", "openslide-python", "tiffslide")
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +73,7 @@ def run(
     if not slides:
         raise CohortError("every slide of the cohort is marked 'train' or 'reference': there is none to test")
     folder, pipeline = RunFolder(out), pipeline or pipeline_of(model)
-    detector = fitted_detector(model, pipeline, resources.device)
+    detector = fitted_detector(model, pipeline, resources)
     prompter = model_prompter(model, pipeline, resources)
     with writable(out), locked(folder.lock), listening(listener):
         started = time.time()
@@ -104,13 +105,13 @@ def pipeline_of(model: Model) -> Pipeline:
     return parse_options(Pipeline, model.pipeline, where=str(model.folder.pipeline)).located(model.folder.root)
 
 
-def fitted_detector(model: Model, pipeline: Pipeline, device: str) -> FittedDetector:
+def fitted_detector(model: Model, pipeline: Pipeline, resources: Resources) -> FittedDetector:
     """The detector of a model. Its weights are loaded when the first tile is scored."""
 
     @cache
     def load() -> tuple[Scorer, tuple[str, ...]]:
-        detector = build_detector(pipeline)
-        return detector.load(model.folder.detector, device=device), detector.score_names
+        detector = build_detector_here(pipeline, resources)
+        return detector.load(model.folder.detector, device=resources.device), detector.score_names
 
     return FittedDetector(
         pipeline.detector_name, model.detector_digest, pipeline.tiles.tile_px, pipeline.tiles.mpp, load
@@ -171,7 +172,7 @@ def _write_provenance(
             "command": [Path(argument).name for argument in sys.argv],  # folders may be named after patients
             "host": platform.node(),
             "python": platform.python_version(),
-            "versions": {name: version(name) for name in ("numpy", "torch", "zarr", "openslide-python", "tiffslide")},
+            "versions": {name: version(name) for name in _VERSIONS},
             "started": _iso(started),
             "finished": _iso(finished) if finished else None,
             "seconds": round(finished - started, 3) if finished else None,

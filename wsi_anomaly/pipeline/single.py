@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from wsi_anomaly.cohort import CohortSlide
 from wsi_anomaly.errors import MissingOutputError
 from wsi_anomaly.execution import Listener, Progress, Resources, listening, processes, report
+from wsi_anomaly.options import nearest
 from wsi_anomaly.pipeline.ledger import Ledger
 from wsi_anomaly.pipeline.preparing import Step, prepare_all, process_count
 from wsi_anomaly.pipeline.preset import Pipeline
@@ -62,3 +63,17 @@ def having(run: RunFolder, stage: str) -> tuple[SlideFolder, ...]:
     if not slides:
         raise MissingOutputError(f"{run.root}: the stage '{stage}' has run for no slide. See: wsi-anomaly {stage} -h")
     return slides
+
+
+def having_slide(run: RunFolder, stage: str, slide_id: str) -> SlideFolder:
+    """One slide of a run folder for which a stage has run.
+
+    Raises:
+        MissingOutputError: there is no such slide.
+    """
+    slides = {slide.slide_id: slide for slide in having(run, stage)}
+    if slide_id not in slides:
+        raise MissingOutputError(
+            f"{run.root}: the stage '{stage}' has run for no slide '{slide_id}' ({nearest(slide_id, slides)})"
+        )
+    return slides[slide_id]

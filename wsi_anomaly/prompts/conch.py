@@ -18,11 +18,11 @@ from pydantic import Field
 from tokenizers import Tokenizer
 from torch.nn import functional
 
+from wsi_anomaly.checkpoints import fill, read_state_dict
 from wsi_anomaly.devices import CHUNK_TILES, in_fixed_chunks, resolve_device
 from wsi_anomaly.errors import ModelError, OptionsError
 from wsi_anomaly.hub import hub_folder
 from wsi_anomaly.options import Options, parse_options
-from wsi_anomaly.checkpoints import fill, read_state_dict
 from wsi_anomaly.prompts.conch_network import END, PAD, START, ConchNetwork, ConchSizes
 
 HUB = "hf_hub:"

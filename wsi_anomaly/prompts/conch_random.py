@@ -10,8 +10,8 @@ from tokenizers import Tokenizer, normalizers, pre_tokenizers, processors
 from tokenizers.models import BPE
 from tokenizers.trainers import BpeTrainer
 
-from wsi_anomaly.errors import OptionsError
 from wsi_anomaly.checkpoints import Weights
+from wsi_anomaly.errors import OptionsError
 from wsi_anomaly.prompts.conch import SIZES_FILE, SPECIAL_TOKENS, TOKENIZER_FILES
 from wsi_anomaly.prompts.conch_network import ConchNetwork, ConchSizes
 

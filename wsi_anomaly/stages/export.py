@@ -6,14 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float64
+from jaxtyping import Bool, Float64
 
 from wsi_anomaly.imaging import regions
 from wsi_anomaly.reporting import geojson
 from wsi_anomaly.storage.arrays import read_array, read_attributes
 from wsi_anomaly.storage.layout import RunFolder, SlideFolder
 from wsi_anomaly.storage.record import Recipe, Record, current_record, read_record, writable, writing
-from wsi_anomaly.storage.scores import read_scores
+from wsi_anomaly.storage.scores import ScoreStatus, read_scores
 from wsi_anomaly.storage.tiles import TileStatus, TileStore
 
 FORMAT_VERSION = 1
@@ -39,7 +39,8 @@ def export_slide(folder: SlideFolder) -> Record:
     )
     frame = _frame(store.attributes)
     with writing(folder.root, recipe) as work:
-        _write_table(work.folder / folder.tile_table.name, store, columns)
+        failed = read_array(folder.scores, "status") == ScoreStatus.FAILED
+        _write_table(work.folder / folder.tile_table.name, store, columns, failed)
         geojson.write_tiles(work.folder, frame, _tiles(store, columns), origin)
         found = _regions(folder, store, threshold_z=facts["threshold_z"])
         geojson.write_regions(work.folder, frame, found, origin)
@@ -66,13 +67,13 @@ def _columns(folder: SlideFolder, store: TileStore) -> dict[str, Float64[np.ndar
 
 
 def _tiles(store: TileStore, columns: Mapping[str, Float64[np.ndarray, " tile"]]) -> geojson.TileTable:
-    readable = np.flatnonzero(store.readable)
+    known = np.flatnonzero(np.isfinite(np.stack(list(columns.values()))).all(axis=0))  # JSON holds no NaN
     return geojson.TileTable(
-        index=readable,
-        origins_level0_px=store.places.origins[readable],
+        index=known,
+        origins_level0_px=store.places.origins[known],
         footprint_level0_px=store.grid.footprint_level0_px,
-        z=columns[geojson.Z_MEASUREMENT][readable],
-        measurements={name: values[readable] for name, values in columns.items() if name != geojson.Z_MEASUREMENT},
+        z=columns[geojson.Z_MEASUREMENT][known],
+        measurements={name: values[known] for name, values in columns.items() if name != geojson.Z_MEASUREMENT},
     )
 
 
@@ -106,7 +107,12 @@ def _frame(slide: Mapping[str, Any]) -> geojson.SlideFrame:
     )
 
 
-def _write_table(path: Path, store: TileStore, columns: Mapping[str, Float64[np.ndarray, " tile"]]) -> None:
+def _write_table(
+    path: Path,
+    store: TileStore,
+    columns: Mapping[str, Float64[np.ndarray, " tile"]],
+    failed: Bool[np.ndarray, " tile"],
+) -> None:
     """One row a tile, in the order of the tile store; level-0 pixels of the file, not of QuPath."""
     places = store.places
     with path.open("w", newline="", encoding="utf-8") as file:
@@ -114,5 +120,5 @@ def _write_table(path: Path, store: TileStore, columns: Mapping[str, Float64[np.
         writer.writerow(["tile", "x_level0_px", "y_level0_px", "row", "column", "status", *columns])
         for index in range(len(store)):
             values = (f"{column[index]:.7g}" if np.isfinite(column[index]) else "" for column in columns.values())
-            status = TileStatus(int(store.status[index])).name.lower()
+            status = "failed" if failed[index] else TileStatus(int(store.status[index])).name.lower()
             writer.writerow([index, *places.origins[index], *places.cells[index], status, *values])

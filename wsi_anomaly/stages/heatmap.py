@@ -43,7 +43,7 @@ def map_slide(folder: SlideFolder, reference: Reference, options: HeatmapOptions
     if done := current_record(folder.root, recipe):
         return done
     store = TileStore(folder.tiles)
-    z_tile = _z_of_tiles(folder, reference, options)
+    z_tile = z_of_tiles(folder, reference, options)
     z = on_grid(z_tile, store.places.cells, store.grid.shape)
     eroded = erode(z)
     cell_um2 = (store.attributes["stride_px"] * store.attributes["tile_mpp"]) ** 2
@@ -67,8 +67,12 @@ def map_slide(folder: SlideFolder, reference: Reference, options: HeatmapOptions
     return read_record(folder.root, "heatmap")
 
 
-def _z_of_tiles(folder: SlideFolder, reference: Reference, options: HeatmapOptions) -> Float64[np.ndarray, " tile"]:
-    """The mean of the chosen z-scores; NaN for unreadable tiles."""
+def z_of_tiles(folder: SlideFolder, reference: Reference, options: HeatmapOptions) -> Float64[np.ndarray, " tile"]:
+    """The mean of the chosen z-scores; NaN for tiles without a score.
+
+    Raises:
+        ModelError: the reference, or what was scored, does not know one of them.
+    """
     scores, names = read_scores(folder.scores)
     chosen = options.scores or names[:1]
     for name in chosen:

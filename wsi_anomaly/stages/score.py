@@ -1,23 +1,27 @@
 """Stage `score`: how abnormal is each tile? Reads `tiles.zarr` and a detector's scorer; writes `scores.zarr`."""
 
+import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import Bool, Float32, Int64, UInt8
+from pydantic import Field
 
-from wsi_anomaly.detectors.protocol import Localizer, Reconstructor, Scorer, TileBatch
+from wsi_anomaly.detectors.protocol import Accountable, Localizer, Reconstructor, Scorer, TileBatch
 from wsi_anomaly.errors import ModelError, OptionsError
 from wsi_anomaly.execution import Progress, read_ahead, report
 from wsi_anomaly.options import Options
 from wsi_anomaly.storage.layout import SlideFolder
 from wsi_anomaly.storage.prompts import NoPrompts, PromptStore
 from wsi_anomaly.storage.record import Recipe, Record, current_record, read_record, writing
-from wsi_anomaly.storage.scores import ScoreWriter
+from wsi_anomaly.storage.scores import ScoreStatus, ScoreWriter
 from wsi_anomaly.storage.tiles import TileStore
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+
+log = logging.getLogger(__name__)
 
 
 class ScoreOptions(Options):
@@ -25,8 +29,14 @@ class ScoreOptions(Options):
 
     keep_maps: Literal["none", "all"] = "none"
     """Per-pixel anomaly of each tile."""
-    keep_reconstructions: Literal["none", "all"] = "none"
-    """Each tile as the model believes normal tissue would look."""
+    keep_reconstructions: str = Field("none", pattern=r"^(none|all|worst:[1-9][0-9]*)$")
+    """Each tile as the model believes normal tissue would look; "worst:200" keeps those of the 200 highest scores."""
+
+    @property
+    def worst(self) -> int:
+        """How many reconstructions are kept, where only the worst are."""
+        name, _, count = self.keep_reconstructions.partition(":")
+        return int(count) if name == "worst" else 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,8 +76,8 @@ def score_slide(
     recipe = Recipe("score", FORMAT_VERSION, options.model_dump() | {"seed": seed}, inputs)
     if done := current_record(folder.root, recipe):
         return done
-    store = TileStore(folder.tiles)
-    prompts = PromptStore(folder.prompts) if prompted else NoPrompts()
+    source = SlideTiles.of(folder, seed=seed, prompted=prompted)
+    store = source.store
     _check_tiles(store, detector, folder.slide_id)
     scorer, score_names = detector.load()
     _check_abilities(scorer, detector.name, options)
@@ -76,30 +86,76 @@ def score_slide(
             work.folder / folder.scores.name,
             tiles=len(store),
             tile_px=store.tile_px,
-            attributes={"detector": detector.name, "score_names": list(score_names)},
+            attributes=_attributes(detector.name, score_names, scorer),
             maps=options.keep_maps != "none",
             reconstructions=options.keep_reconstructions != "none",
         )
         with writer:
-            for readable, batch in _batches(store, prompts, seed=seed, batch_size=batch_size):
+            for readable, batch in source.batches(batch_size):
                 writer.append(readable, *_outputs(scorer, batch, options, len(score_names)))
                 report(Progress("score", folder.slide_id, writer.tiles_done, len(store)))
-        work.facts.update({"scored": int(store.readable.sum())})
+            _keep_worst(writer, source, scorer, options.worst, batch_size)
+        failed = int((writer.status == ScoreStatus.FAILED).sum())
+        _tell_failed(folder.slide_id, failed, int(store.readable.sum()))
+        work.facts.update({"scored": int(store.readable.sum()) - failed, "failed": failed})
     return read_record(folder.root, "score")
 
 
-def _batches(
-    store: TileStore, prompts: PromptStore | NoPrompts, *, seed: int, batch_size: int
-) -> Iterator[tuple[Bool[np.ndarray, " tile"], TileBatch]]:
-    """All tiles in their order: which of a batch are readable, and those. The next batch is read meanwhile."""
+@dataclass(frozen=True, slots=True)
+class SlideTiles:
+    """The tiles of a slide with what is known of each."""
 
-    def read(indices: Int64[np.ndarray, " tile"]) -> tuple[Bool[np.ndarray, " tile"], TileBatch]:
-        readable = store.readable[indices]
-        kept = indices[readable]
-        return readable, TileBatch(store.read(kept), store.seeds(kept, seed), *prompts.read(kept))
+    store: TileStore
+    prompts: PromptStore | NoPrompts
+    seed: int
 
-    chunks = np.split(np.arange(len(store)), range(batch_size, len(store), batch_size))
-    return read_ahead(read, chunks, threads=1)
+    @classmethod
+    def of(cls, folder: SlideFolder, *, seed: int, prompted: bool) -> "SlideTiles":
+        """Those that the stages `tile` and, if wanted, `prompt` left."""
+        return cls(TileStore(folder.tiles), PromptStore(folder.prompts) if prompted else NoPrompts(), seed)
+
+    def batches(self, batch_size: int) -> Iterator[tuple[Bool[np.ndarray, " tile"], TileBatch]]:
+        """All tiles in their order: which of a batch are readable, and those. The next batch is read meanwhile."""
+
+        def read(indices: Int64[np.ndarray, " tile"]) -> tuple[Bool[np.ndarray, " tile"], TileBatch]:
+            readable = self.store.readable[indices]
+            return readable, self.read(indices[readable])
+
+        chunks = np.split(np.arange(len(self.store)), range(batch_size, len(self.store), batch_size))
+        return read_ahead(read, chunks, threads=1)
+
+    def read(self, indices: Int64[np.ndarray, " tile"]) -> TileBatch:
+        """Some readable tiles."""
+        return TileBatch(self.store.read(indices), self.store.seeds(indices, self.seed), *self.prompts.read(indices))
+
+
+def _attributes(detector_name: str, score_names: tuple[str, ...], scorer: Scorer) -> dict[str, Any]:
+    facts = dict(scorer.facts) if isinstance(scorer, Accountable) else {}
+    return {"detector": detector_name, "score_names": list(score_names), **facts}
+
+
+def _keep_worst(writer: ScoreWriter, source: SlideTiles, scorer: Scorer, count: int, batch_size: int) -> None:
+    """Rebuild the tiles of the highest first scores once more: cheaper than to rebuild all on the way."""
+    if not count or not isinstance(scorer, Reconstructor):
+        return
+    first = writer.scores[:, 0]
+    finite = np.flatnonzero(np.isfinite(first))
+    worst = np.sort(finite[np.argsort(-first[finite], kind="stable")[:count]])
+    for indices in np.split(worst, range(batch_size, len(worst), batch_size)):
+        for tile, rebuilt in zip(indices.tolist(), scorer.reconstruct(source.read(indices)), strict=True):
+            writer.keep(tile, rebuilt)
+
+
+def _tell_failed(slide_id: str, failed: int, readable: int) -> None:
+    if readable and failed == readable:
+        raise ModelError(
+            f"{slide_id}: the detector gives no number for any of its {readable} tiles. Its weights may be damaged, or "
+            'the precision too low: try precision = "bf16" or "fp32" under [detector].'
+        )
+    if failed:
+        log.warning(
+            "%s: the detector gives no number for %d of %d tiles; they are left out", slide_id, failed, readable
+        )
 
 
 def _outputs(
@@ -115,7 +171,7 @@ def _outputs(
     maps = reconstructions = None
     if options.keep_maps != "none" and isinstance(scorer, Localizer):
         maps = scorer.score_map(batch)
-    if options.keep_reconstructions != "none" and isinstance(scorer, Reconstructor):
+    if options.keep_reconstructions == "all" and isinstance(scorer, Reconstructor):
         reconstructions = scorer.reconstruct(batch)
     return scorer.score(batch), maps, reconstructions
 

@@ -47,6 +47,11 @@ class SlideFolder:
         return self.root / "scores.zarr"
 
     @property
+    def score_picture(self) -> Path:
+        """The tiles of highest and of median z beside their reconstructions, by `score --explain`."""
+        return self.root / "scores.png"
+
+    @property
     def heatmap(self) -> Path:
         """z-scores on the grid, by the stage `heatmap`."""
         return self.root / "heatmap.zarr"

@@ -1,6 +1,7 @@
 """Score stores: what a detector says of each tile of a slide, in the order of the tile store."""
 
 from collections.abc import Mapping
+from enum import IntEnum
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,16 @@ from jaxtyping import Bool, Float32, Shaped, UInt8
 
 from wsi_anomaly.storage.arrays import COMPRESSOR, open_arrays, read_array
 from wsi_anomaly.storage.shards import ShardedArray
+
+
+class ScoreStatus(IntEnum):
+    """What became of a tile."""
+
+    SCORED = 0
+    CORRUPT = 1
+    """It cannot be read."""
+    FAILED = 2
+    """The detector found no number for it."""
 
 
 class ScoreWriter:
@@ -27,6 +38,7 @@ class ScoreWriter:
     ) -> None:
         self._group = zarr.create_group(path, attributes=dict(attributes))
         self._scores: list[Float32[np.ndarray, "tile score"]] = []
+        self._readable: list[Bool[np.ndarray, " tile"]] = []
         side = (tile_px, tile_px)
         self._maps = ShardedArray(self._group, "maps", (tiles, *side), "float16") if maps else None
         self._reconstructions = (
@@ -43,11 +55,29 @@ class ScoreWriter:
     ) -> None:
         """The next `len(readable)` tiles; the other arrays hold only those that are readable."""
         self._scores.append(_spread(scores, readable, np.nan))
+        self._readable.append(readable)
         if self._maps is not None:
             self._maps.append(_spread_or_fill(self._maps, maps, readable, np.nan))
-        if self._reconstructions is not None:
+        if self._reconstructions is not None and reconstructions is not None:
             self._reconstructions.append(_spread_or_fill(self._reconstructions, reconstructions, readable, 0))
         self.tiles_done += len(readable)
+
+    @property
+    def scores(self) -> Float32[np.ndarray, "tile score"]:
+        """Of all tiles so far."""
+        return np.concatenate(self._scores)
+
+    @property
+    def status(self) -> UInt8[np.ndarray, " tile"]:
+        """A `ScoreStatus` for each tile so far."""
+        failed = np.where(np.isfinite(self.scores).all(axis=1), ScoreStatus.SCORED, ScoreStatus.FAILED)
+        return np.where(np.concatenate(self._readable), failed, ScoreStatus.CORRUPT).astype(np.uint8)
+
+    def keep(self, tile: int, reconstruction: UInt8[np.ndarray, "y x rgb"]) -> None:
+        """The reconstruction of one tile, where only some are kept; in ascending order."""
+        assert self._reconstructions is not None  # noqa: S101 - for the type checker
+        self._reconstructions.skip_to(tile)
+        self._reconstructions.append(reconstruction[None])
 
     def __enter__(self) -> "ScoreWriter":  # noqa: PYI034 - the type checker of the tests cannot check Self
         return self
@@ -58,7 +88,8 @@ class ScoreWriter:
             if array is not None:
                 array.close()
         if kind is None:
-            self._group.create_array("scores", data=np.concatenate(self._scores), compressors=COMPRESSOR)
+            self._group.create_array("scores", data=self.scores, compressors=COMPRESSOR)
+            self._group.create_array("status", data=self.status, compressors=COMPRESSOR)
 
 
 def read_scores(path: Path) -> tuple[Float32[np.ndarray, "tile score"], tuple[str, ...]]:

@@ -62,6 +62,12 @@ class ShardedArray:
             if place == TILES_PER_SHARD - 1:
                 self.close()
 
+    def skip_to(self, tile: int) -> None:
+        """Leave out the tiles before this one: they read as zeros and take no room."""
+        if self._file is not None and tile // TILES_PER_SHARD > self._written // TILES_PER_SHARD:
+            self.close()
+        self._written = tile
+
     def close(self) -> None:
         """Finish the shard that is being written.
 

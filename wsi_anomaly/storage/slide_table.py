@@ -23,6 +23,7 @@ class SlideRow:
     reason: str = ""
     tiles: int | None = None
     corrupt_tiles: int | None = None
+    failed_tiles: int | None = None
     z_max: float | None = None
     z_99: float | None = None
     area_over_0_um2: float | None = None

@@ -1,0 +1,91 @@
+"""From restored tiles to scores, maps and pictures: what every diffusion detector does alike."""
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from jaxtyping import Float32, UInt8
+
+from wsi_anomaly.detectors.diffusion.restoring import Images, Restored, Restorer
+from wsi_anomaly.detectors.protocol import TileBatch
+from wsi_anomaly.detectors.residuals import ms_ssim, mse, squared_error_map
+from wsi_anomaly.devices import to_pixels, to_tensor
+
+ScoreName = Literal["mse_latent", "mse_pixel", "ms_ssim", "lpips"]
+PixelScore = Callable[[Images, Images], Float32[torch.Tensor, " tile"]]
+
+log = logging.getLogger(__name__)
+
+
+def names_of(scores: Sequence[ScoreName], starts: Sequence[int]) -> tuple[str, ...]:
+    """Each score at each starting timestep; the timestep is left out where there is one only."""
+    if len(starts) == 1:
+        return tuple(scores)
+    return tuple(f"{score} t{start}" for start in starts for score in scores)
+
+
+@dataclass(frozen=True, slots=True)
+class DiffusionScorer:
+    """A detector that is ready: scores, maps and reconstructions of tiles."""
+
+    restorer: Restorer
+    scores: tuple[ScoreName, ...]
+    lpips: PixelScore | None = None
+
+    @property
+    def facts(self) -> Mapping[str, Any]:
+        """What the walks did: timesteps, their places on the sampler's grid, signal-to-noise ratios, network calls."""
+        walks = self.restorer.trajectories
+        return {
+            "timesteps": [walk.start for walk in walks],
+            "grid_index": [walk.index for walk in walks],
+            "snr": [walk.snr for walk in walks],
+            "network_calls": [walk.calls for walk in walks],
+        }
+
+    def score(self, batch: TileBatch) -> Float32[np.ndarray, "tile score"]:
+        """One column for each of `names_of`; NaN for a tile whose reconstruction holds no number."""
+        restored = self.restorer.restore(batch)
+        columns = [
+            self._score(name, batch, restored, start) for start in range(len(restored.after)) for name in self.scores
+        ]
+        table = np.stack(columns, axis=1)
+        if failed := int((~np.isfinite(table)).any(axis=1).sum()):
+            log.warning("%d tiles could not be restored: the network's output is no number", failed)
+        return table
+
+    def score_map(self, batch: TileBatch) -> Float32[np.ndarray, "tile y x"]:
+        """The squared error of each pixel, averaged over its colours and over the starting timesteps."""
+        restored = self.restorer.restore(batch)
+        images = to_tensor(batch.pixels, torch.device("cpu"))
+        maps = [
+            self.restorer.in_portions(lambda a, b: squared_error_map(a, self._decoded(b)), images, after)
+            for after in restored.after
+        ]
+        return np.asarray(np.mean(maps, axis=0), np.float32)
+
+    def reconstruct(self, batch: TileBatch) -> UInt8[np.ndarray, "tile y x rgb"]:
+        """Each tile as it comes back from the first of the starting timesteps."""
+        restored = self.restorer.restore(batch)
+        images = self.restorer.in_portions(self._decoded, restored.after[0])
+        return to_pixels(torch.from_numpy(np.nan_to_num(images))).numpy()
+
+    def _score(self, name: ScoreName, batch: TileBatch, restored: Restored, start: int) -> Float32[np.ndarray, " tile"]:
+        after = restored.after[start]
+        if name == "mse_latent":
+            return self.restorer.in_portions(mse, restored.before, after)
+        compare = self._pixel_score(name)
+        images = to_tensor(batch.pixels, torch.device("cpu"))
+        return self.restorer.in_portions(lambda a, b: compare(a, self._decoded(b)), images, after)
+
+    def _pixel_score(self, name: ScoreName) -> PixelScore:
+        if name == "lpips":
+            assert self.lpips is not None, "loaded with the detector"  # noqa: S101 - for the type checker
+            return self.lpips
+        return mse if name == "mse_pixel" else ms_ssim
+
+    def _decoded(self, latents: torch.Tensor) -> Images:
+        return self.restorer.network.decode(latents).float().clamp(0, 1)
