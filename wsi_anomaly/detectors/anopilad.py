@@ -109,7 +109,8 @@ class AnoPilad(Options):
                 network=backbone.unet,
                 timesteps=len(network.schedule),
                 loss=_Lesson(network, self.training, cache, place).loss,
-                rebuild=self._scorer(network, place).reconstruct,
+                # Anew for each picture: a scorer remembers what it made of the same tiles before.
+                rebuild=lambda batch: self._scorer(network, place).reconstruct(batch),
                 save=partial(_save, backbone, base_digest),
                 weights=LORA_WEIGHTS,
                 recipe={"base": base_digest, "lora": self.lora.model_dump(mode="json")},

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -171,7 +172,7 @@ def _tell(slide_id: str, built: BuiltPrompts, options: PromptOptions) -> None:
             "Shorten the longest keywords of '%s'.",
             slide_id,
             built.over_budget,
-            options.keywords,
+            Path(options.keywords).stem,
         )
     if built.without_agreement:
         log.warning(
@@ -179,7 +180,7 @@ def _tell(slide_id: str, built: BuiltPrompts, options: PromptOptions) -> None:
             "'%s' the right list for this tissue?",
             slide_id,
             built.without_agreement,
-            options.keywords,
+            Path(options.keywords).stem,
         )
 
 
