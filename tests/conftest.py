@@ -16,6 +16,9 @@ from wsi_anomaly.storage.layout import RunFolder, SlideFolder
 from wsi_anomaly.storage.record import Recipe, writing
 from wsi_anomaly.storage.shards import compressed
 from wsi_anomaly.storage.tiles import TilePlaces, TileStatus, TileWriter
+from wsi_anomaly.torchvision_shim import make_importable
+
+make_importable()  # diffusers and transformers look for torchvision
 
 WriteTiff = Callable[..., Path]
 TILE_PX = 32
@@ -153,6 +156,16 @@ def small_conch(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     folder = tmp_path_factory.mktemp("conch")
     write_random_conch(folder, sizes, texts=load_keywords("lymph_node").texts(include_abnormal=True))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a tiny Stable Diffusion with random weights."""
+    from wsi_anomaly.detectors.diffusion.random_backbone import write_random_backbone
+
+    folder = tmp_path_factory.mktemp("base") / "tiny"
+    write_random_backbone(folder, size="tiny", texts=("tissue", "lymph node", "germinal center"))
     return folder
 
 

@@ -14,8 +14,8 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from wsi_anomaly.errors import ModelError
 from wsi_anomaly.checkpoints import fill, read_state_dict
+from wsi_anomaly.errors import ModelError
 
 WEIGHTS = {"layer.weight": torch.arange(6.0).reshape(2, 3), "layer.bias": torch.ones(2)}
 

@@ -16,6 +16,7 @@ from wsi_anomaly.pipeline.prompting import build_prompter, prompt
 from wsi_anomaly.stages.fit import Part, TrainingTiles
 from wsi_anomaly.stages.prompt import PromptOptions
 from wsi_anomaly.stages.score import FittedDetector, ScoreOptions, score_slide
+from wsi_anomaly.storage.arrays import read_attributes
 from wsi_anomaly.storage.layout import ModelFolder, RunFolder, SlideFolder
 from wsi_anomaly.storage.model import Model, read_model
 from wsi_anomaly.storage.prompts import PromptStore
@@ -180,3 +181,41 @@ def test_changed_prompts_make_scores_stale(write_tiles: Callable[..., SlideFolde
     prompt(folder, build_prompter(options, RESOURCES), RESOURCES)
     second = score_slide(folder, fitted_with(Recorder()), ScoreOptions(), seed=0, batch_size=6, prompted=True)
     assert first.digest != second.digest
+
+
+def test_latent_diffusion_goes_the_whole_way(
+    slides: Path, small_conch: Path, tiny_base: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Tiles, prompts, adapter, scores, heat map, overlay, explanation; the base may move, and nothing is done twice."""
+    from wsi_anomaly.pipeline.explaining import explain_scores
+    from wsi_anomaly.pipeline.running import fitted_detector, pipeline_of
+
+    (tmp_path / "pipeline.toml").write_text(
+        PIPELINE.format(keywords="lymph_node", weights=small_conch).replace(
+            'name = "autoencoder"\nchannels = [8, 8]\n[detector.training]\nmax_epochs = 1',
+            f'name = "anopilad"\nbase = "{tiny_base}"\ntimesteps = [236, 674]\nscores = ["mse_latent", "mse_pixel"]\n'
+            '[detector.sampler]\nname = "unipc"\nsteps = 3\n[detector.training]\nsteps = 2\nbatch_size = 4\n'
+            '[heatmap]\nscores = ["mse_latent t236", "mse_latent t674"]',
+        )
+    )
+    pipeline = load_pipeline(tmp_path / "pipeline.toml")
+    with caplog.at_level("INFO"):
+        model, failed = fit(read_cohort([slides]), pipeline, tmp_path / "model", resources=RESOURCES, listener=ignore)
+    assert not failed
+    assert "steps/s" in caplog.text
+    (tmp_path / "elsewhere").symlink_to(tiny_base)
+    resources = Resources(device="cpu", workers=1, offline=True, base_weights=str(tmp_path / "elsewhere"))
+    chosen = pipeline_of(model).keeping(maps="none", reconstructions="worst:3")
+    out = tmp_path / "results"
+    for _ in range(2):
+        run(read_cohort([slides]), model, out, resources=resources, listener=ignore, pipeline=chosen)
+        folder = RunFolder(out).slide("node")
+        written = folder.scores.stat().st_mtime_ns
+    assert folder.scores.stat().st_mtime_ns == written
+    attributes = read_attributes(folder.scores)
+    assert attributes["score_names"] == ["mse_latent t236", "mse_pixel t236", "mse_latent t674", "mse_pixel t674"]
+    assert attributes["network_calls"] == [3, 3]
+    assert folder.heatmap_picture.exists()
+    assert json.loads((out / "run.json").read_text())["versions"]["diffusers"]
+    picture = explain_scores(folder, fitted_detector(model, chosen, resources), model.reference, chosen)
+    assert picture.stat().st_size > 100_000

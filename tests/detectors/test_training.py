@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from jaxtyping import Float, Int64
 from safetensors.torch import load_file
 
-from wsi_anomaly.devices import apply_in_chunks, resolve_device, to_pixels, to_tensor
 from wsi_anomaly.detectors.protocol import TileBatch
 from wsi_anomaly.detectors.training import Learner, TrainingOptions, split_tiles, train
+from wsi_anomaly.devices import apply_in_chunks, resolve_device, to_pixels, to_tensor
 from wsi_anomaly.errors import ModelError, OptionsError
 from wsi_anomaly.testing import TilesInMemory, smooth_tiles
 
