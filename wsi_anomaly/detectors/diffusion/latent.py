@@ -29,7 +29,7 @@ class LatentDiffusion:
         with quiet_libraries():
             self.vae = backbone.vae.to(device, dtype)
             self.unet = backbone.unet.to(device, dtype, memory_format=torch.channels_last)
-        self._prompts = PromptEncoder(backbone.tokenizer, backbone.text_encoder.to(device))
+        self._prompts = PromptEncoder(backbone.tokenizer, backbone.text_encoder.to(device=device))
         self._guidance = guidance
 
     def compile(self) -> None:
