@@ -1,7 +1,7 @@
 """A latent diffusion network as `Restorer` wants it: VAE, UNet, text encoder and guidance. Loads and trains nothing."""
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal, cast
 
 import torch
 from jaxtyping import Float, Float32, UInt8
@@ -29,7 +29,8 @@ class LatentDiffusion:
         with quiet_libraries():
             self.vae = backbone.vae.to(device, dtype)
             self.unet = backbone.unet.to(device, dtype, memory_format=torch.channels_last)
-        self._prompts = PromptEncoder(backbone.tokenizer, backbone.text_encoder.to(device=device))
+        # transformers types `to` as if it were a function.
+        self._prompts = PromptEncoder(backbone.tokenizer, cast(Any, backbone.text_encoder).to(device))
         self._guidance = guidance
 
     def compile(self) -> None:
