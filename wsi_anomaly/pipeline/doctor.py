@@ -13,7 +13,10 @@ from wsi_anomaly import __version__
 from wsi_anomaly.errors import WsiAnomalyError
 from wsi_anomaly.plugins import DETECTORS, IMAGE_TEXT_MODELS, installed, load_plugin
 
-_PACKAGES = ("numpy", "scipy", "scikit-image", "zarr", "shapely", "tifffile", "imagecodecs", "tiffslide")
+_PACKAGES = (
+    *("numpy", "scipy", "scikit-image", "zarr", "shapely", "tifffile", "imagecodecs", "tiffslide"),
+    *("diffusers", "transformers", "peft", "compel", "open_clip_torch"),
+)
 _GIB = 2**30
 
 
