@@ -19,7 +19,8 @@ def detectors() -> None:
         detector = load_plugin(DETECTORS, name)
         summary = (detector.__doc__ or "").strip().splitlines()[0]
         package = entry.dist.name if entry.dist else ""
-        table.add_row(name, ", ".join(detector.score_names), escape(summary), package)
+        # By its default options.
+        table.add_row(name, ", ".join(detector().score_names), escape(summary), package)
     stdout.print(table)
 
 
