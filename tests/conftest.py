@@ -1,8 +1,14 @@
 """Fixtures for every test: the shared real data, small real slide files, and a small image-text model."""
 
+import os
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+
+# One thread a process, also in those that tests start: as many workers as cores run beside each other, and sums of
+# another number of parts round otherwise. Before anything loads OpenMP.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
 import pytest
@@ -110,21 +116,35 @@ def drop_tiles() -> Callable[..., None]:
 def write_tiles(tmp_path: Path) -> Callable[..., SlideFolder]:
     """Leaves the tiles of a slide as the stage `tile` does: `write_tiles(count, slide_id="node", corrupt=())`."""
 
-    def write(count: int, *, slide_id: str = "node", corrupt: tuple[int, ...] = (), seed: int = 0) -> SlideFolder:
-        folder = RunFolder(tmp_path / "results").slide(slide_id)
-        columns = 40
+    def write(
+        count: int,
+        *,
+        slide_id: str = "node",
+        corrupt: tuple[int, ...] = (),
+        seed: int = 0,
+        columns: int = 40,
+        tile_px: int = TILE_PX,
+        results: Path | None = None,
+    ) -> SlideFolder:
+        folder = RunFolder(results or tmp_path / "results").slide(slide_id)
         grid = Grid.over(
-            (0, 0, columns * TILE_PX, -(-count // columns) * TILE_PX),
+            (0, 0, columns * tile_px, -(-count // columns) * tile_px),
             downsample=(1.0, 1.0),
-            tile_px=TILE_PX,
-            stride_px=TILE_PX,
+            tile_px=tile_px,
+            stride_px=tile_px,
         )
         cells = grid.cells()[:count]
         places = TilePlaces(grid.origins(cells), cells, np.ones(count, np.float32))
-        pixels = np.random.default_rng(seed).integers(0, 256, (count, TILE_PX, TILE_PX, 3), np.uint8)
-        attributes = {"slide_id": slide_id, "tile_mpp": 0.5, "mpp": [0.5, 0.5]}
+        pixels = np.random.default_rng(seed).integers(0, 256, (count, tile_px, tile_px, 3), np.uint8)
+        attributes = {
+            "slide_id": slide_id,
+            "tile_mpp": 0.5,
+            "mpp": [0.5, 0.5],
+            "stride_px": tile_px,
+            "grid": asdict(grid),
+        }
         with writing(folder.root, Recipe("tile", 1, {"count": count, "seed": seed})) as work:
-            with TileWriter(work.folder / folder.tiles.name, places, tile_px=TILE_PX, attributes=attributes) as writer:
+            with TileWriter(work.folder / folder.tiles.name, places, tile_px=tile_px, attributes=attributes) as writer:
                 status = [TileStatus.CORRUPT if tile in corrupt else TileStatus.OK for tile in range(count)]
                 writer.append(compressed(pixels), status)
             work.facts.update({"tiles": count, "corrupt": len(corrupt)})

@@ -115,7 +115,9 @@ def test_evaluate_prints_and_writes_the_slide_level_auroc(slides: Path, workplac
     status, out, _ = command("evaluate", results, "--labels", tmp_path / "labels.csv")
     assert status == 0
     assert "slide auroc z max" in out
-    assert json.loads((results / "metrics.json").read_text())["slide_auroc_z_max"] is None
+    measured = json.loads((results / "metrics.json").read_text())["detectors"]["autoencoder"]
+    assert measured["slide_auroc_z_max"] is None
+    assert "Dice" in (results / "evaluation" / "tables.md").read_text()
 
 
 def test_a_log_file_holds_one_json_object_a_line(slides: Path, workplace: Path, tmp_path: Path) -> None:

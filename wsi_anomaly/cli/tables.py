@@ -38,13 +38,18 @@ def print_slides(rows: Iterable[SlideRow], out: Path) -> None:
     stdout.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
-def print_metrics(metrics: Mapping[str, Any]) -> None:
-    """Name and value of each measure."""
+def print_metrics(metrics: Mapping[str, Mapping[str, Any]]) -> None:
+    """One row a measure, one column a detector."""
     table = Table(box=None, header_style="bold")
     table.add_column("measure")
-    table.add_column("value", justify="right")
-    for name, value in metrics.items():
-        table.add_row(escape(name.replace("_", " ")), _number(value) if isinstance(value, float) else str(value))
+    for detector in metrics:
+        table.add_column(escape(detector), justify="right")
+    for name in dict.fromkeys(name for measures in metrics.values() for name in measures):
+        values = (measures.get(name) for measures in metrics.values())
+        table.add_row(
+            escape(name.replace("_", " ")),
+            *(_number(value) if isinstance(value, float) else "-" if value is None else str(value) for value in values),
+        )
     stdout.print(table)
 
 

@@ -102,26 +102,50 @@ def run(
 
 
 def evaluate(
-    results: p.Results,
-    labels: Annotated[
-        Path | None,
-        typer.Option(help="A CSV with the columns slide_id and label (normal or abnormal).", show_default=False),
-    ] = None,
+    results: Annotated[
+        list[Path],
+        typer.Argument(metavar="RESULTS...", help="Folders that 'run' wrote, one a detector; tables go to the first."),
+    ],
     annotations: Annotated[
         Path | None,
-        typer.Option(help="A folder with <slide_id>.geojson for the slides that have outlines.", show_default=False),
+        typer.Option(
+            help="A folder with <slide_id>.xml (ASAP), .geojson (QuPath) or mask pictures (PNG, TIFF), or a CSV with "
+            "the columns slide_id, annotation, label.",
+            show_default=False,
+        ),
     ] = None,
+    labels: Annotated[
+        Path | None,
+        typer.Option(
+            help="A CSV with the columns slide_id and label (normal, abnormal, macro, micro, itc).", show_default=False
+        ),
+    ] = None,
+    protocol: Annotated[
+        Literal["default", "paper", "released"],
+        typer.Option(help="The choices of the AnoPILaD paper, or of its released code; each is named in the tables."),
+    ] = "default",
+    quiet: p.Quiet = False,
+    log_file: p.LogFile = None,
 ) -> None:
-    """Compare slide scores with labels, and tile scores with a pathologist's outlines.
+    """Compare what detectors found with a pathologist's outlines and labels: tiles, slides, segmentations, lesions.
 
-    Writes RESULTS/metrics.json.
+    Writes RESULTS/metrics.json, and RESULTS/evaluation with tables (Markdown, LaTeX), curves, histograms and the heat
+    maps of all detectors side by side.
     """
     from wsi_anomaly.stages.evaluate import evaluate
     from wsi_anomaly.storage.layout import RunFolder
 
     if labels is None and annotations is None:
-        raise typer.BadParameter("give --labels, --annotations or both")
-    print_metrics(evaluate(RunFolder(results), labels=labels, annotations=annotations))
+        raise typer.BadParameter("give --annotations, --labels or both")
+    with session(slides=0, quiet=quiet, log_file=log_file):
+        done = evaluate(
+            [RunFolder(folder) for folder in results], labels=labels, annotations=annotations, protocol=protocol
+        )
+    print_metrics({name: found.measures for name, found in done.findings.items()})
+    for name, found in done.findings.items():
+        for warning in found.warnings:
+            stdout.print(f"{name}: {warning}", markup=False, highlight=False, soft_wrap=True)
+    stdout.print(f"Tables and figures are in {done.folder}", markup=False, highlight=False, soft_wrap=True)
 
 
 def demo(
@@ -138,7 +162,7 @@ def demo(
     with session(slides=0, quiet=quiet, log_file=log_file) as bars:
         found = demonstrate(out, resources=resources, listener=bars)
     print_slides(found.summary.rows, found.summary.folder.root)
-    print_metrics(found.metrics)
+    print_metrics({name: found.measures for name, found in found.evaluation.findings.items()})
     _say_where_to_look(found)
 
 

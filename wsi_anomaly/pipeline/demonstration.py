@@ -8,7 +8,7 @@ from wsi_anomaly.execution import Listener, Resources
 from wsi_anomaly.pipeline.fitting import fit
 from wsi_anomaly.pipeline.preset import load_pipeline
 from wsi_anomaly.pipeline.running import RunSummary, run
-from wsi_anomaly.stages.evaluate import Metrics, evaluate
+from wsi_anomaly.stages.evaluate import Evaluation, evaluate
 from wsi_anomaly.storage.layout import SlideFolder
 from wsi_anomaly.synthetic import write_cohort
 
@@ -18,7 +18,7 @@ class Demonstration:
     """What the demo found, and where to look."""
 
     summary: RunSummary
-    metrics: Metrics
+    evaluation: Evaluation
     most_abnormal: SlideFolder
     slide: Path
     truth: Path
@@ -32,9 +32,9 @@ def demonstrate(out: Path, *, resources: Resources, listener: Listener) -> Demon
     model, _ = fit(normal, pipeline, out / "model", resources=resources, listener=listener)
     tested = read_cohort([slides.test_slides[0].parent])
     summary = run(tested, model, out / "results", resources=resources, listener=listener)
-    metrics = evaluate(summary.folder, labels=slides.labels, annotations=slides.annotations)
+    evaluation = evaluate([summary.folder], labels=slides.labels, annotations=slides.annotations)
     most = max((row for row in summary.rows if row.z_max is not None), key=lambda row: row.z_max or 0.0).slide_id
     paths = {path.stem: path for path in slides.test_slides}
     return Demonstration(
-        summary, metrics, summary.folder.slide(most), paths[most], slides.annotations / f"{most}.geojson"
+        summary, evaluation, summary.folder.slide(most), paths[most], slides.annotations / f"{most}.geojson"
     )

@@ -129,6 +129,11 @@ class RunFolder:
         return self.root / "metrics.json"
 
     @property
+    def evaluation(self) -> Path:
+        """Tables, curves and figures, by `evaluate`."""
+        return self.root / "evaluation"
+
+    @property
     def importer(self) -> Path:
         """The QuPath script that imports every slide's GeoJSON."""
         return self.root / "import_wsi_anomaly.groovy"

@@ -1,0 +1,192 @@
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from wsi_anomaly.errors import AnnotationError, MissingOutputError
+from wsi_anomaly.stages.evaluate import evaluate
+from wsi_anomaly.storage.arrays import write_arrays
+from wsi_anomaly.storage.layout import RunFolder, SlideFolder
+from wsi_anomaly.storage.record import Recipe, writing
+
+TILE_PX = 32
+COLUMNS = 40
+WriteTiles = Callable[..., SlideFolder]
+
+
+def finish(folder: SlideFolder, z: np.ndarray, *, detector: str = "one") -> None:
+    """Leave scores, overview and z as the stages do."""
+    size = {"size_level0_px": [COLUMNS * TILE_PX] * 2, "bounds_level0_px": [0, 0, COLUMNS * TILE_PX, COLUMNS * TILE_PX]}
+    facts = {"slide_id": folder.slide_id, "mpp": [0.5, 0.5], "overview_downsample": [8.0, 8.0]}
+    with writing(folder.root, Recipe("mask", 1)) as work:
+        overview = np.full((COLUMNS * 4, COLUMNS * 4, 3), 240, np.uint8)
+        write_arrays(work.folder / folder.tissue.name, {"overview": overview}, facts | size)
+    with writing(folder.root, Recipe("score", 1, {"detector": detector})) as work:
+        write_arrays(work.folder / folder.scores.name, {"scores": z[:, None]}, {"detector": detector})
+    with writing(folder.root, Recipe("heatmap", 1, {"detector": detector})) as work:
+        write_arrays(work.folder / folder.heatmap.name, {"z_tile": z.astype(np.float64)}, {})
+
+
+def rectangle(path: Path, corners_cells: tuple[float, float, float, float]) -> None:
+    """An outline: left, top, right and bottom in cells of the tile grid."""
+    left, top, right, bottom = corners_cells
+    corners = [[x * TILE_PX, y * TILE_PX] for x, y in ((left, top), (right, top), (right, bottom), (left, bottom))]
+    feature = {
+        "type": "Feature",
+        "geometry": {"type": "Polygon", "coordinates": [[*corners, corners[0]]]},
+        "properties": {"objectType": "annotation", "classification": {"name": "Tumor"}},
+    }
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps({"type": "FeatureCollection", "features": [feature]}))
+
+
+@pytest.fixture
+def run(write_tiles: WriteTiles, tmp_path: Path) -> RunFolder:
+    """Two normal slides with z around 0, two abnormal ones with a block of 10 x 4 tiles around 3, in 400 tiles each."""
+    random = np.random.default_rng(0)
+    for name in ("normal_1", "normal_2", "sick_1", "sick_2"):
+        folder = write_tiles(400, slide_id=name, columns=COLUMNS)
+        z = random.normal(0, 1, 400).astype(np.float32)
+        if name.startswith("sick"):
+            grid = z.reshape(10, COLUMNS)
+            grid[3:7, 5:15] += 3
+            rectangle(tmp_path / "truth" / f"{name}.geojson", (5, 3, 15, 7))
+        finish(folder, z)
+    return RunFolder(tmp_path / "results")
+
+
+def measured(run: RunFolder, tmp_path: Path, **options: Any) -> dict[str, Any]:
+    """Of the one detector."""
+    return dict(evaluate([run], annotations=tmp_path / "truth", **options).measures)
+
+
+def test_tiles_slides_and_segmentation_are_measured(run: RunFolder, tmp_path: Path) -> None:
+    """Against what can be counted by hand."""
+    found = measured(run, tmp_path)
+    assert (found["slides"], found["abnormal_slides"]) == (4, 2)
+    assert (found["tiles"], found["abnormal_tiles"]) == (1600, 80)
+    assert 0.95 < found["tile_auroc"] < 1
+    assert found["slide_auroc_z_max"] == 1.0
+    assert found["slide_auroc_z_99"] == 1.0
+    assert 0.0 < found["dice_before_erosion"] < found["dice_abnormal_slides"] < 1
+    assert found["tnr_before_erosion"] == pytest.approx(0.5, abs=0.05)
+    assert found["tnr_normal_slides"] == pytest.approx(0.93, abs=0.04)  # four normal values, all below 0 at 1 in 16
+
+
+def test_tiles_on_the_edge_are_left_out(run: RunFolder, tmp_path: Path) -> None:
+    """Positives lie fully inside, negatives fully outside."""
+    for name in ("sick_1", "sick_2"):
+        rectangle(tmp_path / "truth" / f"{name}.geojson", (5.5, 3.5, 14.5, 6.5))
+    found = measured(run, tmp_path)
+    assert found["abnormal_tiles"] == 2 * 8 * 2
+    assert found["tiles"] == 1600 - 2 * (40 - 16)
+
+
+def test_protocols_differ_where_paper_and_code_do(run: RunFolder, tmp_path: Path) -> None:
+    """Negatives, ranks, and what z is measured against; each choice is named."""
+    default, paper, released = (measured(run, tmp_path, protocol=name) for name in ("default", "paper", "released"))
+    assert released["tiles"] == 2 * 400 + 80  # of normal slides only
+    assert released["tnr_normal_slides"] < 0.01  # ranks are above 0
+    assert paper["tile_auroc"] == pytest.approx(default["tile_auroc"], abs=1e-6)  # ranks of tiles are the same
+    assert paper["tnr_normal_slides"] != default["tnr_normal_slides"]
+    tables = (run.evaluation / "tables.md").read_text()
+    assert "negatives without the normal tissue of abnormal slides" in tables
+    assert "Z_99 of eroded ranks" in tables
+
+
+def test_everything_is_left_for_people(run: RunFolder, tmp_path: Path) -> None:
+    """Tables, curves, spread, and a picture of each annotated slide."""
+    measured(run, tmp_path)
+    names = {path.name for path in run.evaluation.iterdir()}
+    wanted = {"tables.md", "tables.tex", "roc.png", "pr.png", "froc.png", "z_histogram.png", "calibration.png"}
+    assert names == wanted | {"sick_1.png", "sick_2.png"}
+    content = json.loads(run.metrics.read_text())
+    assert content["protocol"]["name"] == "default"
+    assert content["detectors"]["one"]["intervals"]["slide_auroc_z_max"] == [1.0, 1.0]
+
+
+def test_detectors_stand_side_by_side(run: RunFolder, tmp_path: Path, write_tiles: WriteTiles) -> None:
+    """A blind one is worse, and the test between them says by how much."""
+    other = tmp_path / "other"
+    random = np.random.default_rng(1)
+    for name in ("normal_1", "normal_2", "sick_1", "sick_2"):
+        folder = write_tiles(400, slide_id=name, columns=COLUMNS, results=other)
+        low = -6 if name.startswith("sick") else 0
+        finish(folder, random.normal(low, 1, 400).astype(np.float32), detector="blind")
+    done = evaluate([run, RunFolder(other)], annotations=tmp_path / "truth")
+    assert list(done.findings) == ["one", "blind"]
+    assert (done.findings["blind"].measures["tile_auroc"] or 0) < 0.6
+    assert done.comparisons["blind"]["z_max"].difference == 1.0
+    assert "blind" in (run.evaluation / "tables.tex").read_text()
+
+
+def test_results_with_other_tiles_cannot_be_compared(run: RunFolder, tmp_path: Path, write_tiles: WriteTiles) -> None:
+    """Both sizes are named."""
+    folder = write_tiles(4, slide_id="sick_1", results=tmp_path / "other", tile_px=16)
+    finish(folder, np.zeros(4, np.float32))
+    with pytest.raises(AnnotationError, match=r"32 px.*16 px"):
+        evaluate([run, RunFolder(tmp_path / "other")], annotations=tmp_path / "truth")
+
+
+def test_an_abnormal_slide_without_outlines_counts_at_the_slide_level_only(
+    run: RunFolder, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """And is named."""
+    (tmp_path / "truth" / "sick_2.geojson").unlink()
+    (tmp_path / "labels.csv").write_text("slide_id,label\nnormal_1,normal\nsick_1,macro\nsick_2,abnormal\n")
+    with caplog.at_level(logging.WARNING):
+        found = measured(run, tmp_path, labels=tmp_path / "labels.csv")
+    assert found["abnormal_slides"] == 2
+    assert found["abnormal_tiles"] == 40
+    assert "slide_auroc_z_max_macro" in found
+    assert "abnormal without annotation, so at the slide level only: sick_2" in caplog.text
+    assert "they count as normal: normal_2" in caplog.text
+
+
+def test_one_class_has_no_auroc_but_the_rest(run: RunFolder, tmp_path: Path) -> None:
+    """None, not an error."""
+    (tmp_path / "labels.csv").write_text(
+        "slide_id,label\nnormal_1,normal\nnormal_2,normal\nsick_1,normal\nsick_2,normal\n"
+    )
+    found = dict(evaluate([run], labels=tmp_path / "labels.csv").measures)
+    assert found["tile_auroc"] is None
+    assert found["slide_auroc_z_max"] is None
+    assert found["dice_abnormal_slides"] is None
+    assert found["tnr_normal_slides"] is not None
+
+
+@pytest.mark.parametrize(
+    ("z", "warning"),
+    [
+        (np.full(400, 2.0), "all tiles have the same score"),
+        (np.linspace(5, 6, 400), "100% of the normal tiles lie above z = 0"),
+        (np.linspace(5, 6, 400), "median z of 5.5: it differs from the reference"),
+        (np.where(np.arange(400) % 2, np.nan, np.linspace(-1, 1, 400)), "50% of the tiles have no score"),
+    ],
+)
+def test_a_detector_that_cannot_be_trusted_is_marked(
+    run: RunFolder, tmp_path: Path, z: np.ndarray, warning: str
+) -> None:
+    """In the findings and below the table."""
+    for name in ("normal_1", "normal_2", "sick_1", "sick_2"):
+        finish(run.slide(name), z.astype(np.float32))
+    done = evaluate([run], annotations=tmp_path / "truth")
+    assert any(warning in found for found in done.findings["one"].warnings)
+    assert warning.partition(":")[0].replace("%", "") in (run.evaluation / "tables.md").read_text().replace("%", "")
+
+
+def test_labels_of_other_slides_are_refused(run: RunFolder, tmp_path: Path) -> None:
+    """With what is there."""
+    (tmp_path / "labels.csv").write_text("slide_id,label\nnobody,normal\n")
+    with pytest.raises(AnnotationError, match=r"nobody.*normal_1"):
+        evaluate([run], labels=tmp_path / "labels.csv")
+
+
+def test_without_heat_maps_there_is_nothing_to_evaluate(tmp_path: Path) -> None:
+    """The command that makes them is named."""
+    with pytest.raises(MissingOutputError, match="wsi-anomaly run"):
+        evaluate([RunFolder(tmp_path)], labels=tmp_path / "labels.csv")

@@ -1,0 +1,56 @@
+"""Which choices an evaluation makes: the defaults, those of the AnoPILaD paper, and those of its released code."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from wsi_anomaly.options import Options
+
+ProtocolName = Literal["default", "paper", "released"]
+
+
+class Protocol(Options):
+    """What counts as abnormal, what scores are taken from, and how sure the figures are."""
+
+    abnormal_from: float = Field(1.0, gt=0, le=1)
+    """Share of a tile inside the annotation from which it is abnormal; 1 is fully inside."""
+    normal_up_to: float = Field(0.0, ge=0, lt=1)
+    """Share up to which a tile is normal; what lies between is left out of the tile level."""
+    normal_tissue_of_abnormal_slides: bool = True
+    """Whether it counts as normal at the tile level, or only that of normal slides."""
+    z_from: Literal["reference", "cohort"] = "reference"
+    """Whether z is measured against the model's reference, or against all tiles of the slides under test."""
+    slide_scores_of: Literal["z", "ranks"] = "z"
+    """Z_MAX and Z_99 of z, or of the percentile ranks of all tiles of the cohort."""
+    threshold_z: float = 0.0
+    """Above which a cell is found, in the segmentation."""
+    specificity_of: Literal["z", "ranks"] = "z"
+    """The released code holds ranks, which are above 0 always, against the threshold; and so its TNR is near 0."""
+    level: float = Field(0.95, gt=0.5, lt=1)
+    """Of the intervals."""
+    resamples: int = Field(2000, ge=100)
+    seed: int = Field(0, ge=0)
+
+    def choices(self) -> tuple[str, ...]:
+        """Each choice as a sentence for the notes of a table."""
+        inside = "fully" if self.abnormal_from == 1 else f"to {self.abnormal_from:g} or more"
+        tissue = "with" if self.normal_tissue_of_abnormal_slides else "without"
+        against = {"reference": "the model's reference", "cohort": "all tiles of the slides under test"}[self.z_from]
+        limits = f"abnormal where {inside} inside the annotation, normal up to a share of {self.normal_up_to:g}"
+        cells = f"eroded z above {self.threshold_z:g} against the tiles that the annotation touches"
+        sampled = f"bootstrap over slides ({self.resamples} resamples, seed {self.seed})"
+        return (
+            f"Tiles: {limits}; others are left out.",
+            f"Tiles: negatives {tissue} the normal tissue of abnormal slides.",
+            f"z is measured against {against}.",
+            f"Slides: Z_MAX and Z_99 of eroded {self.slide_scores_of}.",
+            f"Segmentation: {cells}; TNR of normal slides by {self.specificity_of}.",
+            f"Intervals: {self.level:.0%}, DeLong for AUROC, else {sampled}.",
+        )
+
+
+PROTOCOLS: dict[ProtocolName, Protocol] = {
+    "default": Protocol(),
+    "paper": Protocol(z_from="cohort"),
+    "released": Protocol(normal_tissue_of_abnormal_slides=False, slide_scores_of="ranks", specificity_of="ranks"),
+}
