@@ -108,7 +108,9 @@ def test_areas_without_a_group_are_abnormal_and_told_where_others_have_one(
     mixed = read(path, frame)
     assert area(mixed) == 200
     assert mixed.report == ("a.xml: 1 areas have no group while others do: they count as abnormal",)
-    assert area(read(path, frame, parse_groups(["none=ignored"]))) == 100
+    ignored = read(path, frame, parse_groups(["none=ignored"]))
+    assert area(ignored) == 100
+    assert ignored.report == ("a.xml: 1 areas are ignored (groups none)",)
 
 
 def test_a_group_within_a_group_means_what_the_outer_one_means(write_asap: Callable[..., Path], frame: Frame) -> None:

@@ -87,11 +87,11 @@ def _annotation(name: str, drawn: Sequence[Drawn], frame: Frame, groups: Mapping
         named[meaning].append(Outline(polygon, entry.groups[0] if entry.groups else ""))
     report += outside
     if named["ignored"]:
-        classes = sorted({outline.class_name for outline in named["ignored"]})
+        classes = sorted({outline.class_name or "none" for outline in named["ignored"]})
         report.append(f"{name}: {len(named['ignored'])} areas are ignored (groups {', '.join(classes)})")
-    without = [entry for (entry, _), meaning in zip(inside, meanings, strict=True) if not entry.groups]
-    if 0 < len(without) < len(inside) and "abnormal" in meanings:
-        report.append(f"{name}: {len(without)} areas have no group while others do: they count as abnormal")
+    nameless = sum(not outline.class_name for outline in named["abnormal"])
+    if nameless and any(entry.groups for entry, _ in inside):
+        report.append(f"{name}: {nameless} areas have no group while others do: they count as abnormal")
     abnormal = _without(named["abnormal"], named["excluded"])
     if len(abnormal) < len(named["abnormal"]):
         report.append(f"{name}: {len(named['abnormal']) - len(abnormal)} abnormal areas lie wholly in excluded ones")
