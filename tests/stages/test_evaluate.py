@@ -31,14 +31,14 @@ def finish(folder: SlideFolder, z: np.ndarray, *, detector: str = "one") -> None
         write_arrays(work.folder / folder.heatmap.name, {"z_tile": z.astype(np.float64)}, {})
 
 
-def rectangle(path: Path, corners_cells: tuple[float, float, float, float]) -> None:
+def rectangle(path: Path, corners_cells: tuple[float, float, float, float], *, name: str = "Tumor") -> None:
     """An outline: left, top, right and bottom in cells of the tile grid."""
     left, top, right, bottom = corners_cells
     corners = [[x * TILE_PX, y * TILE_PX] for x, y in ((left, top), (right, top), (right, bottom), (left, bottom))]
     feature = {
         "type": "Feature",
         "geometry": {"type": "Polygon", "coordinates": [[*corners, corners[0]]]},
-        "properties": {"objectType": "annotation", "classification": {"name": "Tumor"}},
+        "properties": {"objectType": "annotation", "classification": {"name": name}},
     }
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps({"type": "FeatureCollection", "features": [feature]}))
@@ -177,6 +177,15 @@ def test_a_detector_that_cannot_be_trusted_is_marked(
     done = evaluate([run], annotations=tmp_path / "truth")
     assert any(warning in found for found in done.findings["one"].warnings)
     assert warning.partition(":")[0].replace("%", "") in (run.evaluation / "tables.md").read_text().replace("%", "")
+
+
+def test_a_group_that_nobody_knows_can_be_given_a_meaning(run: RunFolder, tmp_path: Path) -> None:
+    """The message says how."""
+    for name in ("sick_1", "sick_2"):
+        rectangle(tmp_path / "truth" / f"{name}.geojson", (5, 3, 15, 7), name="Befund")
+    with pytest.raises(AnnotationError, match=r"sick_1.*Befund.*Befund=abnormal"):
+        measured(run, tmp_path)
+    assert measured(run, tmp_path, groups={"Befund": "abnormal"})["abnormal_tiles"] == 80
 
 
 def test_labels_of_other_slides_are_refused(run: RunFolder, tmp_path: Path) -> None:

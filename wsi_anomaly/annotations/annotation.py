@@ -152,7 +152,8 @@ def _meanings(name: str, entries: Sequence[Drawn], groups: Mapping[str, Meaning]
         known = ", ".join(group for group in GROUPS if group)
         raise AnnotationError(
             f"{name}: unknown group {', '.join(map(repr, unknown))} (groups in the file: {', '.join(found)}; known: "
-            f"{known}). Say what each means: {unknown[0]}=abnormal, {unknown[0]}=excluded or {unknown[0]}=ignored, or "
+            f"{known}). Say what each means with --group: {unknown[0]}=abnormal, "
+            f"{unknown[0]}=excluded or {unknown[0]}=ignored, or "
             "*=ignored for all others"
         )
     return [meaning for meaning in meanings if meaning is not None]

@@ -124,6 +124,14 @@ def evaluate(
         Literal["default", "paper", "released"],
         typer.Option(help="The choices of the AnoPILaD paper, or of its released code; each is named in the tables."),
     ] = "default",
+    group: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=MEANING",
+            help="What a group of outlines means that is not known: NAME=abnormal, NAME=excluded or NAME=ignored; "
+            "'none' are those without a group, '*' all others. May be given several times.",
+        ),
+    ] = None,
     quiet: p.Quiet = False,
     log_file: p.LogFile = None,
 ) -> None:
@@ -132,6 +140,7 @@ def evaluate(
     Writes RESULTS/metrics.json, and RESULTS/evaluation with tables (Markdown, LaTeX), curves, histograms and the heat
     maps of all detectors side by side.
     """
+    from wsi_anomaly.annotations import parse_groups
     from wsi_anomaly.stages.evaluate import evaluate
     from wsi_anomaly.storage.layout import RunFolder
 
@@ -139,7 +148,11 @@ def evaluate(
         raise typer.BadParameter("give --annotations, --labels or both")
     with session(slides=0, quiet=quiet, log_file=log_file):
         done = evaluate(
-            [RunFolder(folder) for folder in results], labels=labels, annotations=annotations, protocol=protocol
+            [RunFolder(folder) for folder in results],
+            labels=labels,
+            annotations=annotations,
+            protocol=protocol,
+            groups=parse_groups(group or ()),
         )
     print_metrics({name: found.measures for name, found in done.findings.items()})
     for name, found in done.findings.items():

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from wsi_anomaly.annotations import Matched, find_annotations, read_slide_labels
+from wsi_anomaly.annotations import Matched, Meaning, find_annotations, read_slide_labels
 from wsi_anomaly.errors import AnnotationError
 from wsi_anomaly.imaging.intervals import Comparison
 from wsi_anomaly.stages.evaluate.evidence import Evidence, gather, mapped_slides, without_truth
@@ -44,11 +44,13 @@ def evaluate(
     labels: Path | None = None,
     annotations: Path | None = None,
     protocol: ProtocolName = "default",
+    groups: Mapping[str, Meaning] | None = None,
 ) -> Evaluation:
     """Compare what detectors found with labels and annotations; tables and figures lie in the first run's folder.
 
     `annotations` is a folder or a CSV (`find_annotations`), `labels` a CSV of labels, which come before those of the
-    other. A detector is called by its pipeline, or by its folder where two have the same.
+    other; `groups` says what groups of outlines mean that are not known. A detector is called by its name, or by its
+    folder where two have the same.
 
     Raises:
         MissingOutputError: a run has no heat maps.
@@ -58,7 +60,7 @@ def evaluate(
     _require_equal_tiles(runs)
     slide_ids = list(dict.fromkeys(slide.slide_id for run in runs for slide in mapped_slides(run)))
     truth = _truth(slide_ids, labels, annotations)
-    evidence = {name: gather(run, truth, choices) for name, run in _named(runs).items()}
+    evidence = {name: gather(run, truth, choices, groups or {}) for name, run in _named(runs).items()}
     _tell(truth, evidence)
     findings = {name: measure(slides, choices) for name, slides in evidence.items()}
     first, *others = evidence

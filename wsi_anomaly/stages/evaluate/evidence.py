@@ -4,6 +4,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 from jaxtyping import Bool, Float32, Float64, Int32
@@ -13,6 +14,7 @@ from wsi_anomaly.annotations import (
     Annotation,
     Frame,
     Matched,
+    Meaning,
     SlideLabel,
     abnormal_fraction,
     read_annotation,
@@ -72,7 +74,9 @@ class Evidence:
         return slide_scores(erode(self.grid(values)))
 
 
-def gather(run: RunFolder, truth: Matched, protocol: Protocol) -> list[Evidence]:
+def gather(
+    run: RunFolder, truth: Matched, protocol: Protocol, groups: Mapping[str, Meaning] = MappingProxyType({})
+) -> list[Evidence]:
     """All slides of a run that have a heat map.
 
     A slide that nobody labelled is abnormal if something abnormal is annotated on it, else normal.
@@ -82,7 +86,7 @@ def gather(run: RunFolder, truth: Matched, protocol: Protocol) -> list[Evidence]
         AnnotationError: an annotation cannot be read.
     """
     folders = mapped_slides(run)
-    evidence = [_evidence(folder, truth) for folder in folders]
+    evidence = [_evidence(folder, truth, groups) for folder in folders]
     if protocol.z_from == "cohort":
         evidence = _against_cohort(evidence)
     return _ranked(evidence) if "ranks" in {protocol.slide_scores_of, protocol.specificity_of} else evidence
@@ -100,10 +104,10 @@ def mapped_slides(run: RunFolder) -> list[SlideFolder]:
     return folders
 
 
-def _evidence(folder: SlideFolder, truth: Matched) -> Evidence:
+def _evidence(folder: SlideFolder, truth: Matched, groups: Mapping[str, Meaning]) -> Evidence:
     store, slide_id = TileStore(folder.tiles), folder.slide_id
     path, label = truth.annotations.get(slide_id), truth.labels.get(slide_id)
-    annotation = _annotation(path, folder) if path else None
+    annotation = _annotation(path, folder, groups) if path else None
     share: Float64[np.ndarray, " tile"] | None = np.zeros(len(store))
     if annotation is not None:
         boxes = np.hstack([store.places.origins, store.places.origins + np.array(store.grid.footprint_level0_px)])
@@ -126,12 +130,12 @@ def _evidence(folder: SlideFolder, truth: Matched) -> Evidence:
     )
 
 
-def _annotation(path: Path, folder: SlideFolder) -> Annotation | AbnormalMask:
+def _annotation(path: Path, folder: SlideFolder, groups: Mapping[str, Meaning]) -> Annotation | AbnormalMask:
     attributes = read_attributes(folder.tissue)
     width, height = attributes["size_level0_px"]
     x, y, across, down = attributes["bounds_level0_px"]
     try:
-        annotation = read_annotation(path, frame=Frame((width, height), (x, y, across, down)))
+        annotation = read_annotation(path, frame=Frame((width, height), (x, y, across, down)), groups=groups)
     except AnnotationError as error:
         raise AnnotationError(f"{folder.slide_id}: {error}") from error
     for line in annotation.report if isinstance(annotation, Annotation) else ():
