@@ -3,11 +3,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import shapely
 import tifffile
 from jaxtyping import Float64, UInt8
 from PIL import Image
 
 from wsi_anomaly.annotations import AbnormalMask, Frame, abnormal_fraction, read_annotation
+from wsi_anomaly.annotations import abnormal_mask as abnormal_mask_module
 from wsi_anomaly.annotations import pictures as pictures_module
 from wsi_anomaly.annotations.abnormal_mask import _bands
 from wsi_anomaly.annotations.frame import whole_downsample
@@ -341,3 +343,53 @@ def test_boxes_beyond_the_mask_and_no_boxes_are_no_fault(tmp_path: Path) -> None
     assert abnormal_fraction(mask, boxes).tolist() == [0.5, 0.5, 0, 0]
     assert abnormal_fraction(mask, boxes[2:]).tolist() == [0, 0]
     assert abnormal_fraction(mask, np.empty((0, 4))).shape == (0,)
+
+
+def test_outlines_of_a_mask_enclose_its_pixels(tmp_path: Path) -> None:
+    """Holes, a second part, and pixels that touch at a corner; on a slide four times as wide and high."""
+    mask = np.zeros((6, 8), np.uint8)
+    mask[1:4, 1:4] = 1
+    mask[2, 2] = 0
+    mask[4, 4] = mask[5, 7] = 1
+    Image.fromarray(mask).save(tmp_path / "a.png")
+    outlines = read(tmp_path / "a.png", Frame((32, 24), (0, 0, 32, 24))).outlines(4.0)
+    drawn = shapely.union_all([outline.polygon for outline in outlines])
+    y, x = np.mgrid[:6, :8] * 4 + 2
+    assert (shapely.contains_xy(drawn, x, y) == mask).all()
+    assert drawn.area == mask.sum() * 16
+    assert all(outline.polygon.is_valid for outline in outlines)
+
+
+@pytest.mark.parametrize("rows", [1, 7, 512])
+def test_outlines_of_a_large_mask_are_of_larger_pixels(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rows: int
+) -> None:
+    """Of which any part is abnormal, however many rows are read at once; the last ones end with the picture."""
+    monkeypatch.setattr(abnormal_mask_module, "_BAND_ROWS", rows)
+    mask = np.zeros((50, 62), np.uint8)
+    mask[4, 9] = mask[47:, 61] = mask[20:30, 20:31] = 1
+    tifffile.imwrite(tmp_path / "a.tif", mask, tile=(16, 16))
+    outlines = read(tmp_path / "a.tif", Frame((62, 50), (0, 0, 62, 50))).outlines(4.5)
+    boxes = {outline.polygon.bounds for outline in outlines}
+    assert boxes == {(8, 4, 12, 8), (60, 44, 62, 50), (20, 20, 32, 32)}
+
+
+def test_outlines_are_read_from_the_level_of_their_pixels(tmp_path: Path) -> None:
+    """The coarsest that is fine enough; where all are too coarse, the finest. Here the levels do not agree."""
+    with tifffile.TiffWriter(tmp_path / "a.tif") as file:
+        for level, column in ((64, 0), (32, 1), (16, 2)):
+            mask = np.zeros((level, level), np.uint8)
+            mask[: level // 16, column * level // 16 : (column + 1) * level // 16] = 1
+            file.write(mask, subfiletype=int(level < 64), tile=(16, 16))
+    mask = read(tmp_path / "a.tif", Frame((128, 128), (0, 0, 128, 128)))
+    for pixel, left in ((1.0, 0), (2.0, 0), (3.9, 0), (4.0, 8), (8.0, 16), (15.9, 16)):
+        assert mask.outlines(pixel)[0].polygon.bounds[0] == left
+
+
+def test_a_mask_of_nothing_has_no_outlines(tmp_path: Path) -> None:
+    """And one of several numbers is refused as for the share of tiles."""
+    Image.fromarray(np.zeros((48, 64), np.uint8)).save(tmp_path / "none.png")
+    assert read(tmp_path / "none.png").outlines(8.0) == ()
+    Image.fromarray(np.tile(np.arange(4, dtype=np.uint8), (48, 16))).save(tmp_path / "many.png")
+    with pytest.raises(AnnotationError, match="numbers 1, 2, 3 besides 0"):
+        read(tmp_path / "many.png").outlines(8.0)

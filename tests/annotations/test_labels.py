@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from wsi_anomaly.annotations import SlideLabel, read_labels, read_slide_labels
+from wsi_anomaly.annotations import SlideLabel, read_slide_labels
 from wsi_anomaly.annotations.labels import TruthRow, read_truth
 from wsi_anomaly.errors import AnnotationError
 
@@ -13,14 +13,14 @@ def test_labels_are_read_in_letters_of_any_case(tmp_path: Path) -> None:
         "slide_id;label\na;Normal\nb;ABNORMAL\nc;0\nd;1\ne;tumor\n\nf;Tumour\n", encoding="utf-8-sig"
     )
     expected = {"a": False, "b": True, "c": False, "d": True, "e": True, "f": True}
-    assert read_labels(tmp_path / "labels.csv") == expected
+    assert {name: label.abnormal for name, label in read_slide_labels(tmp_path / "labels.csv").items()} == expected
 
 
 def test_all_faulty_labels_are_listed_at_once_by_row_number(tmp_path: Path) -> None:
     """A label that is misread would turn a measurement round."""
     (tmp_path / "labels.csv").write_text("label,slide_id\nnormal,a\nbenign,b\n\n1,a\n0,\n,c\n", encoding="utf-8")
     with pytest.raises(AnnotationError) as caught:
-        read_labels(tmp_path / "labels.csv")
+        read_slide_labels(tmp_path / "labels.csv")
     known = "normal, 0, abnormal, tumor, tumour, 1, negative, positive, macro, micro, itc"
     assert str(caught.value).splitlines() == [
         "labels.csv has faults; mend them and run again:",
@@ -36,13 +36,13 @@ def test_a_table_that_holds_no_labels_is_refused(tmp_path: Path, content: bytes)
     """By name, with the columns it should have."""
     (tmp_path / "labels.csv").write_bytes(content)
     with pytest.raises(AnnotationError, match=r"^labels\.csv: "):
-        read_labels(tmp_path / "labels.csv")
+        read_slide_labels(tmp_path / "labels.csv")
 
 
 def test_a_table_that_does_not_exist_is_refused_by_name(tmp_path: Path) -> None:
     """Without the folders above it."""
     with pytest.raises(AnnotationError, match=r"^nowhere\.csv: "):
-        read_labels(tmp_path / "nowhere.csv")
+        read_slide_labels(tmp_path / "nowhere.csv")
 
 
 def test_a_metastasis_has_a_size(tmp_path: Path) -> None:
@@ -69,11 +69,11 @@ def test_a_table_may_name_annotations_beside_labels_or_alone(tmp_path: Path) -> 
         "b": TruthRow(None, SlideLabel(abnormal=False)),
         "c": TruthRow(None, None),
     }
-    assert read_labels(table) == {"b": False}
+    assert not read_slide_labels(table)["b"].abnormal
     table.write_text("slide_id,annotation\na,outlines/a.xml\n")
     assert read_truth(table) == {"a": TruthRow(outline, None)}
     with pytest.raises(AnnotationError, match=r"^truth\.csv: has no labels"):
-        read_labels(table)
+        read_slide_labels(table)
 
 
 def test_faulty_rows_of_annotations_are_listed_too(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn import metrics as sklearn_metrics
 
-from wsi_anomaly.imaging.classification import Ranking, nan_share, rank, require_ranked
+from wsi_anomaly.imaging.classification import Ranking, rank, require_ranked
 
 MEASURES: list[Callable[[Ranking], float | None]] = [
     Ranking.auroc,
@@ -134,10 +134,19 @@ def test_scores_without_labels_are_refused() -> None:
         require_ranked(np.zeros(3), np.zeros(2, np.bool_))
 
 
-def test_nan_share_counts_items_without_a_score() -> None:
-    """No items, no share."""
-    assert nan_share(np.array([np.nan, 1, np.inf, np.nan], np.float32)) == 0.5
-    assert nan_share(np.empty(0)) == 0
+def test_edges_of_bins_are_all_scores_where_they_are_few() -> None:
+    """Rising, without the infinite one."""
+    assert ranking_of([1.0, 2.0], [2.0, 3.0]).bin_edges().tolist() == [1, 2, 3]
+
+
+def test_edges_of_bins_cut_either_class_into_equal_parts() -> None:
+    """However rare one of them is, and wherever it lies."""
+    random = np.random.default_rng(0)
+    normal, abnormal = random.normal(0, 1, 100_000), random.normal(6, 0.1, 500)
+    edges = rank(np.append(normal, abnormal), np.arange(100_500) >= 100_000).bin_edges(100)
+    assert (np.diff(edges) > 0).all()
+    assert np.histogram(normal, [-np.inf, *edges, np.inf])[0].max() <= 100_000 / 50 + 1
+    assert np.histogram(abnormal, [-np.inf, *edges, np.inf])[0].max() <= 500 / 50 + 1
 
 
 def test_the_curve_holds_every_step_where_they_are_few() -> None:

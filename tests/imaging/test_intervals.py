@@ -9,10 +9,12 @@ from wsi_anomaly.imaging.classification import Ranking, rank
 from wsi_anomaly.imaging.intervals import (
     Comparison,
     Interval,
+    auroc_test,
     bootstrap_interval,
     bootstrap_test,
     delong_interval,
     delong_test,
+    mean_interval,
 )
 
 # Twelve normal and eight abnormal slides, seen by two detectors, with ties within and across the classes.
@@ -117,11 +119,11 @@ def test_swapped_detectors_have_the_opposite_difference_and_the_same_p_value() -
     """By either test."""
     one, other = delong_test(FIRST, SECOND, ARE_ABNORMAL), delong_test(SECOND, FIRST, ARE_ABNORMAL)
     assert one is not None
-    assert other == Comparison(-one.difference, one.p_value)
+    assert other == Comparison(-one.difference, one.p_value, "DeLong")
     drawn = bootstrap_test(Ranking.auroc, FIRST, SECOND, ARE_ABNORMAL, seed=1, resamples=200)
     assert drawn is not None
     swapped = bootstrap_test(Ranking.auroc, SECOND, FIRST, ARE_ABNORMAL, seed=1, resamples=200)
-    assert swapped == Comparison(-drawn.difference, drawn.p_value)
+    assert swapped == Comparison(-drawn.difference, drawn.p_value, "paired bootstrap")
 
 
 @pytest.mark.parametrize("measure", [Ranking.auroc, Ranking.aupr, lambda ranking: ranking.fpr_at_tpr(0.95)])
@@ -195,15 +197,43 @@ def test_scores_without_variance_have_an_interval_without_width(scores: np.ndarr
 def test_a_detector_does_not_differ_from_one_that_ranks_alike(scores: np.ndarray) -> None:
     """Whatever its scale."""
     labels = np.arange(scores.size) >= scores.size // 2
-    assert delong_test(scores, 10 * scores - 3, labels) == Comparison(0.0, 1.0)
-    assert bootstrap_test(Ranking.auroc, scores, 10 * scores - 3, labels, seed=0, resamples=50) == Comparison(0.0, 1.0)
+    assert delong_test(scores, 10 * scores - 3, labels) == Comparison(0.0, 1.0, "DeLong")
+    drawn = bootstrap_test(Ranking.auroc, scores, 10 * scores - 3, labels, seed=0, resamples=50)
+    assert drawn == Comparison(0.0, 1.0, "paired bootstrap")
 
 
 def test_all_right_against_all_wrong_is_the_clearest_difference() -> None:
     """There is no variance, so DeLong's p-value is 0; the bootstrap says no more than its resamples allow."""
-    assert delong_test(PERFECT, REVERSED, HALF) == Comparison(1.0, 0.0)
-    assert delong_test(PERFECT, EQUAL, HALF) == Comparison(0.5, 0.0)
-    assert bootstrap_test(Ranking.auroc, PERFECT, REVERSED, HALF, seed=0, resamples=199) == Comparison(1.0, 2 / 200)
+    right, half = np.arange(20.0), np.arange(20) >= 10
+    assert delong_test(right, -right, half) == Comparison(1.0, 0.0, "DeLong")
+    assert delong_test(PERFECT, EQUAL, HALF) == Comparison(0.5, 0.0, "DeLong")
+    drawn = bootstrap_test(Ranking.auroc, right, -right, half, seed=0, resamples=199)
+    assert drawn == Comparison(1.0, 2 / 200, "paired bootstrap")
+
+
+def test_no_bootstrap_is_surer_than_the_number_of_items_allows() -> None:
+    """Scores of four slides can be swapped between two detectors in 16 ways, two of them as extreme."""
+    drawn = bootstrap_test(Ranking.auroc, PERFECT, REVERSED, HALF, seed=0, resamples=199)
+    assert drawn == Comparison(1.0, 2 / 16, "paired bootstrap")
+
+
+def test_aurocs_are_compared_by_delong_unless_there_is_no_variance() -> None:
+    """Then by bootstrap."""
+    assert auroc_test(FIRST, SECOND, ARE_ABNORMAL, seed=0) == delong_test(FIRST, SECOND, ARE_ABNORMAL)
+    drawn = bootstrap_test(Ranking.auroc, PERFECT, EQUAL, HALF, seed=3, resamples=99)
+    assert auroc_test(PERFECT, EQUAL, HALF, seed=3, resamples=99) == drawn
+    assert auroc_test(PERFECT, EQUAL, np.zeros(4, np.bool_), seed=0) is None
+
+
+def test_the_interval_of_a_mean_is_that_of_its_standard_error_on_many_items() -> None:
+    """And there is none of a single one."""
+    values = np.random.default_rng(0).normal(3, 2, 400)
+    found = mean_interval(values, seed=0, level=0.9)
+    assert found is not None
+    assert found.value == values.mean()
+    margin = norm.ppf(0.95) * values.std() / 20
+    assert [found.low, found.high] == pytest.approx([values.mean() - margin, values.mean() + margin], abs=0.015)
+    assert mean_interval(values[:1], seed=0) is None
 
 
 @pytest.mark.parametrize("abnormal", [0, 1, 3, 4])

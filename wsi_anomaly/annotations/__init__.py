@@ -9,7 +9,8 @@ from wsi_anomaly.annotations.coverage import area_fractions
 from wsi_anomaly.annotations.frame import Frame
 from wsi_anomaly.annotations.geojson import read_outlines
 from wsi_anomaly.annotations.groups import GROUPS, Meaning, parse_groups
-from wsi_anomaly.annotations.labels import LABELS, SlideLabel, read_labels, read_slide_labels
+from wsi_anomaly.annotations.labels import LABELS, SlideLabel, read_slide_labels
+from wsi_anomaly.annotations.lesions import Lesions, lesions_of
 from wsi_anomaly.annotations.masks import read_mask
 from wsi_anomaly.annotations.matching import Matched, find_annotations
 from wsi_anomaly.annotations.outlines import Outline, rasterise
@@ -20,6 +21,7 @@ __all__ = [
     "AbnormalMask",
     "Annotation",
     "Frame",
+    "Lesions",
     "Matched",
     "Meaning",
     "Outline",
@@ -27,10 +29,10 @@ __all__ = [
     "abnormal_fraction",
     "area_fractions",
     "find_annotations",
+    "lesions_of",
     "parse_groups",
     "rasterise",
     "read_annotation",
-    "read_labels",
     "read_mask",
     "read_outlines",
     "read_slide_labels",

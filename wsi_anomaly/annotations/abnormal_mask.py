@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import TypeAlias
 
 import numpy as np
+import shapely
 from jaxtyping import Bool, Float64, Int64, Real
 
 from wsi_anomaly.annotations.frame import Frame, shown_region, whole_downsample
+from wsi_anomaly.annotations.outlines import Outline
 from wsi_anomaly.annotations.pictures import Box, Level, opened_levels
 from wsi_anomaly.errors import AnnotationError
 from wsi_anomaly.imaging.geometry import area_fraction
@@ -16,6 +18,8 @@ from wsi_anomaly.imaging.geometry import area_fraction
 JPEG_THRESHOLD = 127
 """Of a mask stored as JPEG, whose numbers are blurred, what is above this is abnormal."""
 _LEVEL_PX_PER_TILE = 16
+_BAND_ROWS = 512
+"""Read at once where a level is read whole: tiles of masks are as high or half as high."""
 _BAND_PX = 2**21  # fits into the cache of a processor: three times faster than larger ones
 
 Numbers: TypeAlias = Real[np.ndarray, "row column"]
@@ -48,7 +52,7 @@ class AbnormalMask:
         if not len(boxes):
             return shares
         with opened_levels(self.path) as levels:
-            page, downsample = self._level_for(boxes)
+            page, downsample = self._level_of(float((boxes[:, 2:] - boxes[:, :2]).min()) / _LEVEL_PX_PER_TILE)
             level = levels[page]
             in_level = (boxes - np.array(self.origin_level0_px * 2)) / np.array(downsample * 2)
             for band, (x0, y0, x1, y1) in _bands(in_level, level.size_px):
@@ -58,10 +62,36 @@ class AbnormalMask:
         self._refuse_several(found)
         return shares
 
-    def _level_for(self, boxes: Real[np.ndarray, "tile 4"]) -> tuple[int, tuple[float, float]]:
-        smallest = (boxes[:, 2:] - boxes[:, :2]).min()
+    def outlines(self, pixel_level0_px: float) -> tuple[Outline, ...]:
+        """Outlines of what is abnormal, of pixels of about this size and not larger: any abnormal one in it counts.
+
+        They are those of the coarsest level that is not coarser, else of the finest.
+
+        Raises:
+            AnnotationError: as `fractions`.
+        """
+        found: set[float] = set()
+        boxes = []
+        with opened_levels(self.path) as levels:
+            page, downsample = self._level_of(pixel_level0_px)
+            level = levels[page]
+            whole = max(1, int(pixel_level0_px / max(downsample)))
+            width, height = level.size_px
+            rows = whole * max(1, _BAND_ROWS // whole)
+            for top in range(0, height, rows):
+                numbers = level.read((0, top, width, min(height, top + rows)))
+                abnormal = _shrunk(self._abnormal(numbers, found, lossy=level.lossy), whole)
+                boxes.append(np.minimum(_runs(abnormal) * whole + [0, top, 0, top], [width, height] * 2))
+        self._refuse_several(found)
+        if not any(map(len, boxes)):
+            return ()
+        corners = np.concatenate(boxes) * np.tile(downsample, 2) + np.tile(self.origin_level0_px, 2)
+        return tuple(Outline(part, "") for part in shapely.get_parts(shapely.union_all(shapely.box(*corners.T))))
+
+    def _level_of(self, pixel_level0_px: float) -> tuple[int, tuple[float, float]]:
+        """The coarsest level whose pixels are not larger, else the finest, and its downsample."""
         levels = [(page, downsample) for page, downsample in enumerate(self.downsamples) if downsample]
-        fine = [level for level in levels if smallest / max(level[1]) >= _LEVEL_PX_PER_TILE]
+        fine = [level for level in levels if max(level[1]) <= pixel_level0_px]
         return max(fine, key=lambda level: level[1]) if fine else min(levels, key=lambda level: level[1])
 
     def _abnormal(self, numbers: Numbers, found: set[float], *, lossy: bool) -> Bool[np.ndarray, "row column"]:
@@ -77,7 +107,7 @@ class AbnormalMask:
             some = ", ".join(f"{number:.12g}" for number in sorted(found)[:5]) + (", ..." if len(found) > 5 else "")  # noqa: PLR2004
             raise AnnotationError(
                 f"{self.path.name}: holds the numbers {some} besides 0; say which of them mean abnormal "
-                "(abnormal_values), or save it with 0 and 1. Masks of Camelyon hold 1 and 2, in either order"
+                "(such as --mask-values 2), or save it with 0 and 1. Masks of Camelyon hold 1 and 2, in either order"
             )
 
 
@@ -150,6 +180,21 @@ def _cuts(edges: Sequence[Sequence[int]]) -> list[int]:
             grown = list(box)
         region = grown
     return cuts
+
+
+def _shrunk(mask: Bool[np.ndarray, "row column"], whole: int) -> Bool[np.ndarray, "y x"]:
+    """Blocks of so many pixels across and down, the last ones of fewer: whether any of them is in the mask."""
+    starts = (np.arange(0, size, whole) for size in mask.shape)
+    for axis, start in enumerate(starts):
+        mask = np.logical_or.reduceat(mask, start, axis=axis) if whole > 1 else mask
+    return mask
+
+
+def _runs(mask: Bool[np.ndarray, "row column"]) -> Int64[np.ndarray, "run corners"]:
+    """The stretches of each row that are in the mask, as (x0, y0, x1, y1)."""
+    edges = np.diff(mask.astype(np.int8), axis=1, prepend=0, append=0)
+    (row, start), (_, end) = np.nonzero(edges == 1), np.nonzero(edges == -1)
+    return np.column_stack([start, row, end, row + 1])
 
 
 def _distinct(numbers: Numbers) -> set[float]:

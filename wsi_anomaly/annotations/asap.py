@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from xml.parsers import expat
 
+import numpy as np
 import shapely
 
 from wsi_anomaly.annotations.outlines import Drawn
@@ -62,24 +63,32 @@ class _AsapFile:
         self._empty = True
 
     def start(self, tag: str, attributes: Mapping[str, str]) -> None:
-        if self._empty and tag != "ASAP_Annotations":
-            raise AnnotationError(f"{self._name}: no XML of ASAP (it begins with <{tag}>); export it from ASAP")
-        self._empty = False
-        if tag == "Annotation":
-            kind = attributes.get("Type", "Polygon").strip().lower()
-            self.entries.append(_Entry(self._parser.CurrentLineNumber, kind, attributes.get("PartOfGroup", "").strip()))
-        elif tag == "Coordinate" and self.entries:
+        if tag == "Coordinate" and self.entries:  # first, as there are a hundred thousand of them
             points = self.entries[-1].points
             order = _number(attributes.get("Order", ""))
-            points.append((order if math.isfinite(order) else len(points), *self._corner(attributes)))
+            x, y = _number(attributes.get("X", "")), _number(attributes.get("Y", ""))
+            if not math.isfinite(x + y):
+                raise AnnotationError(
+                    f"{self._name}, line {self._parser.CurrentLineNumber}: a Coordinate without numbers for X and Y; "
+                    "mend the line or save the file again in ASAP"
+                )
+            points.append((order if math.isfinite(order) else len(points), x, y))
+        elif self._empty and tag != "ASAP_Annotations":
+            raise AnnotationError(f"{self._name}: no XML of ASAP (it begins with <{tag}>); export it from ASAP")
+        elif tag == "Annotation":
+            kind = attributes.get("Type", "Polygon").strip().lower()
+            self.entries.append(_Entry(self._parser.CurrentLineNumber, kind, attributes.get("PartOfGroup", "").strip()))
         elif tag == "Group":
             self._parents[attributes.get("Name", "").strip()] = attributes.get("PartOfGroup", "").strip()
+        self._empty = False
 
     def drawn(self, entry: _Entry) -> Drawn:
         kind = _NO_AREAS.get(entry.kind, "polygon")
-        corners = [point[1:] for point in sorted(entry.points, key=lambda point: point[0])]
-        area = kind == "polygon" and len(corners) >= _MIN_CORNERS
-        return Drawn(f"line {entry.line}", self._lineage(entry.group), kind, shapely.Polygon(corners) if area else None)
+        area = None
+        if kind == "polygon" and len(entry.points) >= _MIN_CORNERS:
+            corners = np.array(sorted(entry.points, key=lambda point: point[0]))[:, 1:]
+            area = shapely.Polygon(corners)
+        return Drawn(f"line {entry.line}", self._lineage(entry.group), kind, area)
 
     def _lineage(self, group: str) -> tuple[str, ...]:
         names: list[str] = []
@@ -88,19 +97,10 @@ class _AsapFile:
             group = self._parents.get(group, "")
         return tuple(names)
 
-    def _corner(self, attributes: Mapping[str, str]) -> tuple[float, float]:
-        x, y = (_number(attributes.get(name, "")) for name in ("X", "Y"))
-        if not (math.isfinite(x) and math.isfinite(y)):
-            raise AnnotationError(
-                f"{self._name}, line {self._parser.CurrentLineNumber}: a Coordinate without numbers for X and Y; "
-                "mend the line or save the file again in ASAP"
-            )
-        return x, y
-
 
 def _number(text: str) -> float:
     """NaN where the text is none. Some systems write a decimal comma."""
     try:
-        return float(text.replace(",", "."))
+        return float(text)
     except ValueError:
-        return math.nan
+        return _number(text.replace(",", ".")) if "," in text else math.nan

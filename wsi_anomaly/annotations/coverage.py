@@ -1,6 +1,7 @@
 """How much of each tile outlines cover: exact areas of intersections, never a count of pixels. Reads no file."""
 
 from collections.abc import Callable, Sequence
+from typing import TypeAlias
 
 import numpy as np
 import shapely
@@ -13,13 +14,31 @@ _MAX_CORNERS = 256
 _AREA_TOLERANCE = 1e-9
 
 Box = tuple[float, float, float, float]
+Polygons: TypeAlias = Sequence[shapely.Geometry] | Shaped[np.ndarray, " polygon"]
 Cut = Callable[[shapely.Geometry, Box], shapely.Geometry]
 
 
 def area_fractions(outlines: Sequence[Outline], boxes: Real[np.ndarray, "tile 4"]) -> Float64[np.ndarray, " tile"]:
     """The exact share of each box (x0, y0, x1, y1 in level-0 pixels) that the outlines cover together, 0 to 1."""
-    tiles = shapely.box(*boxes.T.astype(np.float64))
-    pieces, owners = _pieces([outline.polygon for outline in outlines])
+    shares = np.zeros(len(boxes), np.float64)
+    polygons = [outline.polygon for outline in outlines]
+    near = boxes_near(boxes, polygons)
+    shares[near] = _fractions(polygons, shapely.box(*boxes[near].T.astype(np.float64)))
+    return shares
+
+
+def boxes_near(boxes: Real[np.ndarray, "tile 4"], polygons: Polygons) -> Int64[np.ndarray, " near"]:
+    """The boxes that reach into the frame of all polygons: to make a geometry of each of the others takes long."""
+    if not len(polygons):
+        return np.empty(0, np.int64)
+    x0, y0, x1, y1 = shapely.total_bounds(polygons)
+    return np.flatnonzero((boxes[:, 0] <= x1) & (boxes[:, 1] <= y1) & (boxes[:, 2] >= x0) & (boxes[:, 3] >= y0))
+
+
+def _fractions(
+    polygons: Sequence[shapely.Geometry], tiles: Shaped[np.ndarray, " tile"]
+) -> Float64[np.ndarray, " tile"]:
+    pieces, owners = _pieces(polygons)
     tree = shapely.STRtree(tiles)
     covered = np.zeros(len(tiles), np.float64)
     covered[tree.query(pieces, predicate="covers")[1]] = 1

@@ -80,15 +80,6 @@ def read_slide_labels(table: Path) -> dict[str, SlideLabel]:
     return labels
 
 
-def read_labels(table: Path) -> dict[str, bool]:
-    """What each slide is, True for abnormal, from a table as `read_slide_labels` reads it.
-
-    Raises:
-        AnnotationError: as `read_slide_labels`.
-    """
-    return {slide_id: label.abnormal for slide_id, label in read_slide_labels(table).items()}
-
-
 def _columns(table: Path, header: Sequence[str]) -> list[str]:
     columns = [name.lower() for name in header]
     for name in columns:

@@ -138,6 +138,17 @@ class Ranking:
             precision=np.where(raised, self.true_positives[chosen] / np.maximum(raised, 1), 1.0),
         )
 
+    def bin_edges(self, bins: int = 4096) -> Float[np.ndarray, " edge"]:
+        """Thresholds, rising, that cut either class into `bins` / 2 equal parts; all of them where they are few.
+
+        Besides items of one score, no bin between them holds more than 2 / `bins` of a class: an AUROC of the bins is
+        off by less than 2 / `bins`.
+        """
+        if len(self.thresholds) <= bins:
+            return self.thresholds[:0:-1]
+        cuts = [_evenly(counts, bins // 2) for counts in (self.true_positives, self.false_positives)]
+        return self.thresholds[np.setdiff1d(np.concatenate(cuts), [0])[::-1]]
+
 
 def rank(scores: Float[np.ndarray, " item"], labels: Bool[np.ndarray, " item"]) -> Ranking:
     """Sort items by their score and count; `labels` is True where abnormal.
@@ -170,15 +181,15 @@ def require_ranked(scores: Float[np.ndarray, " item"], labels: Bool[np.ndarray, 
         raise ValueError(f"{bad} of {scores.size} scores are NaN or infinite")
 
 
-def nan_share(scores: Float[np.ndarray, " item"]) -> float:
-    """The share of items without a score, such as unreadable tiles; 0 where there are no items."""
-    return float(np.isnan(scores).mean()) if scores.size else 0.0
-
-
 def _average_precision(hits: Int64[np.ndarray, " step"], alarms: Int64[np.ndarray, " step"]) -> float:
     """Precision at each step, weighted by the recall that the step adds; both count upwards from 0."""
     precision = hits[1:] / (hits[1:] + alarms[1:])
     return float(np.sum(np.diff(hits) * precision) / hits[-1])
+
+
+def _evenly(counts: Int64[np.ndarray, " step"], parts: int) -> Int64[np.ndarray, " cut"]:
+    """The steps at which counts that rise pass equal parts of the last."""
+    return np.searchsorted(counts, np.linspace(0, int(counts[-1]), parts + 1).astype(np.int64))
 
 
 def _require_share(value: float) -> None:

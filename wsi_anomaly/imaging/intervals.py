@@ -1,11 +1,12 @@
 """How sure a measure of scores against labels is, and whether two detectors differ: arrays in, numbers out.
 
-Knows no slide and no file. Every method here takes items as independent of each other: slides are, tiles of one slide
-are not.
+Knows no slide and no file. Items are taken as independent of each other: slides are; tiles of one slide are not, they
+belong to `clusters`.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from jaxtyping import Bool, Float, Float64, Int64
@@ -14,6 +15,10 @@ from wsi_anomaly.imaging.classification import Ranking, rank, require_ranked
 
 Measure = Callable[[Ranking], float | None]
 """What to measure, such as `Ranking.auroc`."""
+FEWEST = 2
+"""Items or clusters: one alone says nothing of its variance."""
+BATCH = 64
+"""Resamples at once, which bounds memory. Another number draws other items."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +38,7 @@ class Comparison:
     """The measure of the first less that of the second."""
     p_value: float
     """The chance, two-sided, of a difference at least this large between detectors that are equally good."""
+    method: Literal["DeLong", "paired bootstrap"]
 
 
 def delong_interval(
@@ -64,7 +70,7 @@ def delong_test(
 
     DeLong et al. (Biometrics 1988), as pROC has it for paired curves. None where a class has fewer than two items. The
     p-value is 1 where both rank alike, and 0 where they differ without variance, as perfect and all-equal scores do:
-    then only `bootstrap_test` knows how few items there are.
+    `auroc_test` mends that.
 
     Raises:
         ValueError: a score is NaN or infinite, or there are not as many scores as labels.
@@ -78,8 +84,27 @@ def delong_test(
     gains = _placements(scores_a, labels) - _placements(scores_b, labels)
     difference, deviation = float(gains[labels].mean()), _variance(gains, labels) ** 0.5
     if difference == 0:
-        return Comparison(0.0, 1.0)
-    return Comparison(difference, 2 * float(ndtr(-abs(difference) / deviation)) if deviation else 0.0)
+        return Comparison(0.0, 1.0, "DeLong")
+    return Comparison(difference, 2 * float(ndtr(-abs(difference) / deviation)) if deviation else 0.0, "DeLong")
+
+
+def auroc_test(
+    scores_a: Float[np.ndarray, " item"],
+    scores_b: Float[np.ndarray, " item"],
+    labels: Bool[np.ndarray, " item"],
+    *,
+    seed: int,
+    resamples: int = 2000,
+) -> Comparison | None:
+    """`delong_test`, and `bootstrap_test` where there is no variance for it to go by.
+
+    Raises:
+        ValueError: a score is NaN or infinite, or there are not as many scores as labels.
+    """
+    found = delong_test(scores_a, scores_b, labels)
+    if found is None or found.p_value > 0:
+        return found
+    return bootstrap_test(Ranking.auroc, scores_a, scores_b, labels, seed=seed, resamples=resamples)
 
 
 def bootstrap_interval(
@@ -103,8 +128,7 @@ def bootstrap_interval(
     if not _two_of_each(labels):
         return None
     drawn = _bootstrap(lambda chosen: _measured(measure, scores[chosen], labels[chosen]), labels, resamples, seed)
-    low, high = np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2])
-    return Interval(_measured(measure, scores, labels), float(low), float(high))
+    return percentiles(_measured(measure, scores, labels), drawn, level)
 
 
 def bootstrap_test(
@@ -120,8 +144,8 @@ def bootstrap_test(
 
     Items are drawn again by class, the same ones for both detectors. The p-value is twice the smaller share of drawn
     differences on either side of 0, which agrees with their percentile interval; one more is counted on that side, so
-    that it is never 0 (Davison & Hinkley, "Bootstrap Methods and their Application", 1997, section 4.2). None where a
-    class has fewer than two items.
+    that it is never 0 (Davison & Hinkley, "Bootstrap Methods and their Application", 1997, section 4.2). Nor is it
+    below 2 / 2^items. None where a class has fewer than two items.
 
     Raises:
         ValueError: a score is NaN or infinite, or there are not as many scores as labels.
@@ -137,14 +161,43 @@ def bootstrap_test(
 
     drawn = _bootstrap(difference, labels, resamples, seed)
     beyond = 1 + min(int(np.count_nonzero(drawn <= 0)), int(np.count_nonzero(drawn >= 0)))
-    return Comparison(difference(np.arange(labels.size)), min(1.0, 2 * beyond / (resamples + 1)))
+    # Without variance every draw differs alike, however few items there are. Were the detectors equally good, each item
+    # might as well have its scores swapped: of so many cases no test can call fewer than the two extreme ones rare.
+    least = 2.0 ** (1 - labels.size)
+    p_value = min(1.0, max(least, 2 * beyond / (resamples + 1)))
+    return Comparison(difference(np.arange(labels.size)), p_value, "paired bootstrap")
 
 
-def _measured(measure: Measure, scores: Float[np.ndarray, " item"], labels: Bool[np.ndarray, " item"]) -> float:
-    value = measure(rank(scores, labels))
+def mean_interval(
+    values: Float64[np.ndarray, " item"], *, seed: int, level: float = 0.95, resamples: int = 2000
+) -> Interval | None:
+    """The mean and the percentiles of what it is on items drawn again; None where there are fewer than two."""
+    if values.size < FEWEST:
+        return None
+    drawn = np.random.default_rng(seed).choice(values, (resamples, values.size)).mean(axis=1)
+    return percentiles(float(values.mean()), drawn, level)
+
+
+def measured_of(measure: Measure, ranking: Ranking) -> float:
+    """The measure of a ranking that has both classes.
+
+    Raises:
+        ValueError: it has no value nevertheless.
+    """
+    value = measure(ranking)
     if value is None:
         raise ValueError("the measure has no value although both classes are there")
     return value
+
+
+def percentiles(value: float, drawn: Float64[np.ndarray, " resample"], level: float) -> Interval:
+    """Around `value`, where the share `level` of what was drawn lies in the middle."""
+    low, high = np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2])
+    return Interval(value, float(low), float(high))
+
+
+def _measured(measure: Measure, scores: Float[np.ndarray, " item"], labels: Bool[np.ndarray, " item"]) -> float:
+    return measured_of(measure, rank(scores, labels))
 
 
 def _placements(scores: Float[np.ndarray, " item"], labels: Bool[np.ndarray, " item"]) -> Float64[np.ndarray, " item"]:
@@ -180,7 +233,7 @@ def _bootstrap(
         lambda abnormal, normal: statistic(np.concatenate([abnormal, normal])),
         vectorized=False,
         n_resamples=resamples,
-        batch=64,  # bounds memory; another number draws other items
+        batch=BATCH,
         method="percentile",
         rng=np.random.default_rng(seed),
     )
@@ -188,6 +241,6 @@ def _bootstrap(
 
 
 def _two_of_each(labels: Bool[np.ndarray, " item"]) -> bool:
-    """Whether there are two items of each class: one alone says nothing of its variance."""
+    """Whether there are two items of each class."""
     abnormal = int(np.count_nonzero(labels))
-    return min(abnormal, labels.size - abnormal) > 1
+    return min(abnormal, labels.size - abnormal) >= FEWEST

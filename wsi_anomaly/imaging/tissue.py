@@ -137,7 +137,7 @@ def _sample_step(shape: tuple[int, ...]) -> int:
     return max(1, math.isqrt(math.prod(shape) // SAMPLE_PX))
 
 
-def _glass_colour(
+def glass_colour(
     overview: UInt8[np.ndarray, "row column rgb"], measured: Bool[np.ndarray, "row column"]
 ) -> Float32[np.ndarray, " rgb"]:
     """The colour of the lamp: the usual colour among the brightest pixels, or grey where no glass is to be seen."""
@@ -179,7 +179,7 @@ def _median_colour(pixels: UInt8[np.ndarray, "pixel rgb"]) -> Float32[np.ndarray
 def _stained(
     overview: UInt8[np.ndarray, "row column rgb"], measured: Bool[np.ndarray, "row column"], *, mpp: float
 ) -> Bool[np.ndarray, "row column"]:
-    stain = _stain(overview, measured, white=_glass_colour(overview, measured), mpp=mpp)
+    stain = stain_of(overview, measured, white=glass_colour(overview, measured), mpp=mpp)
     threshold = _stain_threshold(stain, measured)
     stained = stain > threshold
     np.minimum(stain, threshold, out=stain)  # or strong stain would make fat of its surroundings
@@ -187,7 +187,7 @@ def _stained(
     return stained | morphology.erosion(fat, _disk(FAT_BLUR_UM / mpp))
 
 
-def _stain(
+def stain_of(
     overview: UInt8[np.ndarray, "row column rgb"],
     measured: Bool[np.ndarray, "row column"],
     *,
