@@ -1,22 +1,22 @@
 """What can be read on the pictures of curves: extents of text, points of lines, colours and dashes."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_hex
 from PIL import Image
 from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score, roc_curve
 
+from wsi_anomaly.imaging.froc import FALSE_POSITIVES, SlideFindings, froc
 from wsi_anomaly.reporting.evaluation_figures import Curve, CurveKind, _curves, write_curves
 from wsi_anomaly.reporting.page import FAINT_INK, Page
 from wsi_anomaly.reporting.plot import DETECTOR_COLOURS, LINE_STYLES, Axis, even_axis
 
 DASH = "\N{EN DASH}"
-LONG = f"$x_1^{{2$ & <b>naïve ß</b>\n滤泡\t\\alpha_1 100 % {'w' * 200}"
+Texts = Callable[[Page], list[str]]
 KINDS: tuple[CurveKind, ...] = ("roc", "pr", "froc")
 
 
@@ -28,26 +28,6 @@ def curve(x: Any, y: Any, area: float | None = 0.5, interval: tuple[float, float
 def page_of(curves: Mapping[str, Curve], kind: CurveKind = "roc", prevalence: float | None = None) -> Page:
     """With a short title."""
     return _curves(curves, kind, header=("Tiles", "of two slides"), prevalence=prevalence)
-
-
-def texts(page: Page) -> list[str]:
-    """All that is written."""
-    return [text.get_text() for text in page.axes.texts if text.get_text()]
-
-
-def boxes(page: Page, artists: Any) -> Any:
-    """Left, bottom, right and top of each."""
-    renderer = FigureCanvasAgg(page.figure).get_renderer()
-    return np.array([artist.get_window_extent(renderer).extents for artist in artists]).reshape(-1, 4)
-
-
-def overlaps(some: Any, others: Any) -> int:
-    """How many pairs run into each other; lines may share two pixels, where only descenders are."""
-    left, bottom, right, top = some.T[:, :, None]
-    other_left, other_bottom, other_right, other_top = others.T
-    across = np.minimum(right, other_right) - np.maximum(left, other_left)
-    along = np.minimum(top, other_top) - np.maximum(bottom, other_bottom)
-    return int(((across > 0) & (along > 2)).sum())
 
 
 def lines(page: Page) -> list[tuple[str, Any]]:
@@ -70,10 +50,10 @@ def points_of(page: Page, colour: str = DETECTOR_COLOURS[0]) -> Any:
     return points
 
 
-def many(count: int) -> dict[str, Curve]:
+def many(count: int, second: str = "Detector") -> dict[str, Curve]:
     """Curves of several detectors, some without interval, one without points."""
     curves = {
-        f"{LONG if i == 1 else 'Detector'} {i}": curve(
+        f"{second if i == 1 else 'Detector'} {i}": curve(
             [0, 0.2 + i / 20, 1], [0, 0.9 - i / 20, 1], 0.9 - i / 20, (0.8 - i / 20, 1.0) if i % 2 else None
         )
         for i in range(count)
@@ -83,17 +63,13 @@ def many(count: int) -> dict[str, Curve]:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("count", [0, 1, 2, 6, 24])
-def test_no_text_leaves_the_page_or_meets_another_or_a_line(kind: CurveKind, count: int) -> None:
+def test_no_text_leaves_the_page_or_meets_another_or_a_line(
+    kind: CurveKind, count: int, long_name: str, require_readable: Callable[..., None]
+) -> None:
     """However many and however named the detectors are."""
-    header = (LONG, f"{LONG} " * 4) if count == 6 else ("Tiles", "")
-    page = _curves(many(count), kind, header=header, prevalence=0.2)
-    width_px, height_px = page.figure.get_size_inches() * page.figure.dpi
-    written = boxes(page, [text for text in page.axes.texts if text.get_text()])
-    assert written.min() >= 16
-    assert written[:, 2].max() <= width_px - 16
-    assert written[:, 3].max() <= height_px - 16
-    assert overlaps(written, written) == len(written)
-    assert overlaps(written, boxes(page, page.axes.lines)) == 0
+    header = (long_name, f"{long_name} " * 4) if count == 6 else ("Tiles", "")
+    page = _curves(many(count, long_name), kind, header=header, prevalence=0.2)
+    require_readable(page, page.axes.lines)
 
 
 def test_every_detector_looks_different_and_the_same_on_each_page() -> None:
@@ -106,7 +82,7 @@ def test_every_detector_looks_different_and_the_same_on_each_page() -> None:
         assert len(points_of(pr, DETECTOR_COLOURS[i]))
 
 
-def test_the_legend_gives_areas_with_their_intervals() -> None:
+def test_the_legend_gives_areas_with_their_intervals(texts: Texts) -> None:
     """A dash where there is none, without a line that could be looked for in vain."""
     page = page_of({"a": curve([0, 1], [0, 1], 0.51234, (0.4, 0.6)), "b": curve([], [], None), "c": curve([0], [0])})
     start = texts(page).index("AUROC (95 % interval)")
@@ -114,6 +90,8 @@ def test_the_legend_gives_areas_with_their_intervals() -> None:
     samples = [line.get_color() for line in page.axes.lines if line.get_xdata()[0] > 740]
     assert samples == [DETECTOR_COLOURS[0], "none", DETECTOR_COLOURS[2], FAINT_INK]
     assert "AUPR" in texts(page_of({"a": curve([0, 1], [1, 0])}, "pr"))
+    other_level = _curves({"a": curve([0, 1], [0, 1], 0.5, (0.4, 0.6))}, "roc", header=("", ""), level=0.9)
+    assert "AUROC (90 % interval)" in texts(other_level)
 
 
 def test_a_roc_curve_is_where_its_points_are() -> None:
@@ -125,7 +103,7 @@ def test_a_roc_curve_is_where_its_points_are() -> None:
         assert points_of(page_of({"a": given})) == pytest.approx(expected, abs=1e-9)
 
 
-def test_chance_lies_on_the_diagonal_or_at_the_prevalence() -> None:
+def test_chance_lies_on_the_diagonal_or_at_the_prevalence(texts: Texts) -> None:
     """And is named with its value; a FROC curve has none."""
     given = {"a": curve([0, 1], [1, 0.3])}
     assert dict(lines(page_of(given)))[FAINT_INK] == pytest.approx(np.array([[0, 0], [1, 1]]))
@@ -151,18 +129,57 @@ def test_the_area_below_a_drawn_curve_is_the_one_that_is_measured() -> None:
     assert len(points_of(roc)) < 20_000
 
 
-def test_the_six_points_of_camelyon16_are_marked_on_the_froc_curve() -> None:
-    """On a logarithmic axis from an eighth to eight; beyond the last point sensitivity stays."""
-    rates, sensitivities = [0, 0.25, 1, 3], [0, 0.2, 0.6, 0.7]
-    page = page_of({"a": curve(rates, sensitivities, 0.5)}, "froc")
-    (dots,) = [line for line in page.axes.lines if line.get_marker() == "o"]
+def test_a_precision_holds_back_to_the_recall_before() -> None:
+    """The first of those with one recall; that of no recall is a convention and is not drawn."""
+    recall, precision = [0, 0, 0.5, 0.5, 1, 1], [1, 0, 0.5, 0.25, 0.4, 0.2]
+    expected = np.array([[0, 0.5], [0.5, 0.5], [0.5, 0.4], [1, 0.4]])
+    assert points_of(page_of({"a": curve(recall, precision)}, "pr")) == pytest.approx(expected, abs=1e-9)
+
+
+def test_curves_that_coincide_are_all_seen() -> None:
+    """Dashes lie on the unbroken line, and the dots of each detector on larger ones."""
+    page = page_of({"a": curve([0, 1], [0.5, 0.5]), "b": curve([0, 1], [0.5, 0.5])}, "froc")
+    assert [colour for colour, _ in lines(page)][:2] == list(DETECTOR_COLOURS[:2])
+    first, second = dots(page)
+    assert first.get_markersize() > second.get_markersize()
+    assert first.get_zorder() == second.get_zorder()
+    seventh = page_of({str(i): curve([0, 1], [0.5, 0.5]) for i in range(8)})
+    assert [colour for colour, _ in lines(seventh)][1:3] == [DETECTOR_COLOURS[0], DETECTOR_COLOURS[6]]
+
+
+def dots(page: Page) -> list[Any]:
+    """Those of each detector."""
+    return [line for line in page.axes.lines if line.get_marker() == "o"]
+
+
+@pytest.mark.parametrize(
+    "slides",
+    [
+        [SlideFindings(np.array([3.0, 1.0, -np.inf]), np.array([2.0, 0.5])), SlideFindings(np.array([]), np.ones(3))],
+        [SlideFindings(np.array([1.0, 2.0, 3.0]), np.array([]))],
+        [SlideFindings(np.array([-np.inf]), np.array([]))],
+        [SlideFindings(np.arange(4.0), np.linspace(0.5, 3.5, 8) + shift) for shift in (0.0, 0.1, 0.2)],
+    ],
+    ids=["ties", "no false positive", "nothing found", "many"],
+)
+def test_a_froc_curve_is_drawn_as_it_is_read(slides: list[SlideFindings], texts: Texts) -> None:
+    """On a logarithmic axis from an eighth to eight; the six points of Camelyon16 are marked, the last one flat."""
+    measured = froc(slides)
+    assert measured is not None
+    page = page_of({"a": curve(measured.false_positives, measured.sensitivity, measured.score)}, "froc")
     points = points_of(page)
+    rates = 2.0 ** (points[:, 0] * 6 - 3)
+    assert (rates.min(), rates.max()) == pytest.approx((1 / 8, 8))
+    nearly = np.maximum(np.abs([measured.at(rate * nudge) for rate in rates for nudge in (1 - 1e-9, 1 + 1e-9)]), 0)
+    off = np.abs(nearly.reshape(-1, 2) - points[:, 1:])
+    assert off.min(axis=1).max() < 1e-6  # on either side of a step
     left_px = float(min(patch.get_x() for patch in page.axes.patches))
     bottom_px = float(max(patch.get_y() for patch in page.axes.patches if patch.get_width() == 661))
-    marked = (dots.get_xydata() - (left_px, bottom_px)) / (660, -660)
+    (drawn,) = dots(page)
+    marked = (drawn.get_xydata() - (left_px, bottom_px)) / (660, -660)
     assert marked[:, 0] == pytest.approx(np.arange(1, 7) / 6)
-    assert marked[:, 1] == pytest.approx([0.2, 1 / 3, 0.6, 0.65, 0.7, 0.7])
-    assert np.interp(marked[:, 0], points[:, 0], points[:, 1]) == pytest.approx(marked[:, 1], abs=2e-3)
+    assert marked[:, 1] == pytest.approx([measured.at(rate) for rate in FALSE_POSITIVES])
+    assert marked[:, 1].mean() == pytest.approx(measured.score)
     assert {"1/8", "1/4", "1/2", "2", "4", "8", "False positives per slide"} <= set(texts(page))
 
 

@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_hex
 from PIL import Image
 
@@ -26,7 +25,7 @@ from wsi_anomaly.reporting.z_figures import (
 )
 
 MINUS = "\N{MINUS SIGN}"
-LONG = f"$x_1^{{2$ & <b>naïve ß</b>\n滤泡\t\\alpha_1 100 % {'w' * 200}"
+Texts = Callable[[Page], list[str]]
 HEADER = ("z", "of two slides")
 
 
@@ -49,26 +48,6 @@ def slides(normal: int, abnormal: int, spread: float = 0.3) -> list[SlideZ]:
     ]
 
 
-def texts(page: Page) -> list[str]:
-    """All that is written."""
-    return [text.get_text() for text in page.axes.texts if text.get_text()]
-
-
-def boxes(page: Page, artists: Any) -> Any:
-    """Left, bottom, right and top of each."""
-    renderer = FigureCanvasAgg(page.figure).get_renderer()
-    return np.array([artist.get_window_extent(renderer).extents for artist in artists]).reshape(-1, 4)
-
-
-def overlaps(some: Any, others: Any) -> int:
-    """How many pairs run into each other; lines may share two pixels, where only descenders are."""
-    left, bottom, right, top = some.T[:, :, None]
-    other_left, other_bottom, other_right, other_top = others.T
-    across = np.minimum(right, other_right) - np.maximum(left, other_left)
-    along = np.minimum(top, other_top) - np.maximum(bottom, other_bottom)
-    return int(((across > 0) & (along > 2)).sum())
-
-
 def drawn_lines(page: Page, colour: str) -> list[Any]:
     """The points of each line of a colour, in pixels of the page; markers are none."""
     return [
@@ -87,41 +66,38 @@ def bars(page: Page, colour: str) -> list[Any]:
     ]
 
 
-HISTOGRAMS: dict[str, Callable[[], Page]] = {
-    "none": lambda: _histograms({}, HEADER),
-    "one": lambda: _histograms({"a": groups()}, HEADER),
-    "two": lambda: _histograms({"a": groups(), "b": groups(40.0)}, ("z", "")),
-    "six": lambda: _histograms({f"{i} {LONG}": groups(float(i)) for i in range(6)}, (LONG, LONG)),
-    "logarithmic": lambda: _histograms({"a": groups(9.0, 20), "b": groups(-9.0)}, HEADER),
-    "millions": lambda: _histograms({"a": (ZCounts(Z_EDGES, groups()[0].counts * 10**7), groups()[1])}, HEADER),
-    "empty": lambda: _histograms({"a": (groups()[0], count_z(np.empty(0))), "b": (count_z(np.empty(0)),) * 2}, HEADER),
-    "constant": lambda: _histograms({"a": (count_z(np.zeros(9)), count_z(np.full(9, 3.0)))}, HEADER),
+HISTOGRAMS: dict[str, Callable[[str], Page]] = {
+    "none": lambda _: _histograms({}, HEADER),
+    "one": lambda _: _histograms({"a": groups()}, HEADER),
+    "two": lambda _: _histograms({"a": groups(), "b": groups(40.0)}, ("z", "")),
+    "six": lambda name: _histograms({f"{i} {name}": groups(float(i)) for i in range(6)}, (name, name)),
+    "logarithmic": lambda _: _histograms({"a": groups(9.0, 20), "b": groups(-9.0)}, HEADER),
+    "millions": lambda _: _histograms({"a": (ZCounts(Z_EDGES, groups()[0].counts * 10**7), groups()[1])}, HEADER),
+    "empty": lambda _: _histograms(
+        {"a": (groups()[0], count_z(np.empty(0))), "b": (count_z(np.empty(0)),) * 2}, HEADER
+    ),
+    "constant": lambda _: _histograms({"a": (count_z(np.zeros(9)), count_z(np.full(9, 3.0)))}, HEADER),
 }
-CALIBRATIONS: dict[str, Callable[[], Page]] = {
-    "none": lambda: _calibration({}, HEADER),
-    "no slide": lambda: _calibration({"a": []}, HEADER),
-    "one slide": lambda: _calibration({"a": slides(0, 1)}, HEADER),
-    "two slides": lambda: _calibration({LONG: slides(1, 1)}, (LONG, LONG * 3)),
-    "normal only": lambda: _calibration({"a": slides(30, 0), "b": slides(20, 10)}, HEADER),
-    "abnormal last": lambda: _calibration({"a": slides(60, 1)}, HEADER),
-    "far off": lambda: _calibration({"a": slides(10, 10, spread=50.0)}, HEADER),
-    "six times 400": lambda: _calibration({f"d{i}": slides(240, 160) for i in range(6)}, HEADER),
+CALIBRATIONS: dict[str, Callable[[str], Page]] = {
+    "none": lambda _: _calibration({}, HEADER),
+    "no slide": lambda _: _calibration({"a": []}, HEADER),
+    "one slide": lambda _: _calibration({"a": slides(0, 1)}, HEADER),
+    "two slides": lambda name: _calibration({name: slides(1, 1)}, (name, name * 3)),
+    "normal only": lambda _: _calibration({"a": slides(30, 0), "b": slides(20, 10)}, HEADER),
+    "abnormal last": lambda _: _calibration({"a": slides(60, 1)}, HEADER),
+    "far off": lambda _: _calibration({"a": slides(10, 10, spread=50.0)}, HEADER),
+    "six times 400": lambda _: _calibration({f"d{i}": slides(240, 160) for i in range(6)}, HEADER),
 }
 
 
 @pytest.mark.parametrize("draw", [*HISTOGRAMS.values(), *CALIBRATIONS.values()], ids=[*HISTOGRAMS, *CALIBRATIONS])
-def test_no_text_leaves_the_page_or_meets_another_or_a_line(draw: Callable[[], Page]) -> None:
+def test_no_text_leaves_the_page_or_meets_another_or_a_line(
+    draw: Callable[[str], Page], long_name: str, require_readable: Callable[..., None]
+) -> None:
     """However many, far or empty the groups are."""
-    page = draw()
-    width_px, height_px = page.figure.get_size_inches() * page.figure.dpi
-    written = boxes(page, [text for text in page.axes.texts if text.get_text()])
-    assert written.min() >= 16
-    assert written[:, 2].max() <= width_px - 16
-    assert written[:, 3].max() <= height_px - 16
-    assert overlaps(written, written) == len(written)
-    drawn = boxes(page, [*page.axes.lines, *page.axes.collections])
-    assert overlaps(written, drawn) == 0
-    assert width_px < 2000
+    page = draw(long_name)
+    require_readable(page, [*page.axes.lines, *page.axes.collections])
+    assert page.figure.get_size_inches()[0] * page.figure.dpi < 2000
 
 
 def test_z_are_counted_once_and_nan_is_not() -> None:
@@ -167,7 +143,7 @@ def test_a_detector_far_off_does_not_squeeze_the_others() -> None:
     assert 20 <= bins.x.high <= 30
 
 
-def test_heights_are_logarithmic_only_where_something_would_not_be_seen() -> None:
+def test_heights_are_logarithmic_only_where_something_would_not_be_seen(texts: Texts) -> None:
     """Two bells can; a tenth of the abnormal tiles spread over twenty z cannot."""
     tail = np.concatenate([normal_z(4500), np.linspace(4, 24, 500)])
     linear, logarithmic = _bins(groups()), _bins([count_z(normal_z(10**6)), count_z(tail)])
@@ -190,7 +166,7 @@ def test_all_detectors_share_their_axes() -> None:
     assert second - first == pytest.approx(np.tile([592, 0], (len(first), 1)))
 
 
-def test_medians_are_drawn_and_written() -> None:
+def test_medians_are_drawn_and_written(texts: Texts) -> None:
     """In the colours of their groups, and never as a negative zero."""
     page = _histograms({"a": (count_z(np.linspace(-3.0, 2.998, 999)), count_z(np.full(1, 4.0)))}, HEADER)
     assert "normal: 999 tiles, median 0.00" in texts(page)
@@ -203,7 +179,7 @@ def test_medians_are_drawn_and_written() -> None:
         assert median[:, 0] == pytest.approx(np.full(2, at_px), abs=2)
 
 
-def test_a_group_without_tiles_is_named_and_not_drawn() -> None:
+def test_a_group_without_tiles_is_named_and_not_drawn(texts: Texts) -> None:
     """A cohort may have no abnormal slide."""
     page = _histograms({"a": (groups()[0], count_z(np.full(3, np.nan)))}, HEADER)
     assert "abnormal: 0 tiles" in texts(page)
@@ -245,7 +221,7 @@ def test_four_hundred_slides_lie_apart() -> None:
     assert np.allclose(at_px % 1, 0.5)
 
 
-def test_the_normal_slides_to_look_at_are_named() -> None:
+def test_the_normal_slides_to_look_at_are_named(texts: Texts) -> None:
     """Those farthest from 0 on either side, whatever abnormal ones do."""
     medians = {"a": 0.1, "b": -3.0, "c": 2.0, "d": 0.5, "far": 9.0, "lost": float("nan")}
     given = [SlideZ(name, name == "far", (z - 2, z - 1, z, z + 1, z + 2)) for name, z in medians.items()]
@@ -255,9 +231,9 @@ def test_the_normal_slides_to_look_at_are_named() -> None:
     assert "No normal slide has a z." in texts(_calibration({"detector": given[4:]}, HEADER))
 
 
-def test_what_leaves_the_axis_is_said() -> None:
+def test_what_leaves_the_axis_is_said(texts: Texts) -> None:
     """Cut lines look as if they ended."""
-    said = ["go on" in " ".join(texts(CALIBRATIONS[name]())) for name in ("far off", "two slides")]
+    said = ["go on" in " ".join(texts(CALIBRATIONS[name]("a"))) for name in ("far off", "two slides")]
     assert said == [True, False]
 
 
@@ -270,7 +246,7 @@ def test_quantiles_of_a_slide_leave_out_what_is_not_known() -> None:
 
 def write_both(folder: Path, names: Sequence[str]) -> list[bytes]:
     """A file of each kind, read back."""
-    write_histograms(folder / names[0], {"a": groups(), LONG: groups(3.0)}, title="z", subtitle="of two slides")
+    write_histograms(folder / names[0], {"a": groups(), "b": groups(3.0)}, title="z", subtitle="of two slides")
     write_calibration(folder / names[1], {"a": slides(20, 10)}, title="z", subtitle="of two slides")
     return [(folder / name).read_bytes() for name in names]
 

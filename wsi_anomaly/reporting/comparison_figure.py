@@ -23,7 +23,7 @@ from wsi_anomaly.reporting.page import (
 )
 from wsi_anomaly.reporting.plot import draw_line
 
-Ring = Float[np.ndarray, "corner xy"]
+Ring = Float[np.ndarray, "_ xy"]
 """A closed line; the last corner need not repeat the first."""
 
 _MARGIN_PX, _GAP_PX = 40, 24
@@ -32,7 +32,7 @@ _ROOM_PX, _LEAST_COLUMN_PX, _MOST_PANEL_PX, _LARGE_PANEL_PX = (1840, 1400), 220,
 _TITLE_PX, _ABOVE_PANEL_PX, _BELOW_PANEL_PX = 48, 34, 38
 _TITLE, _NAME, _TEXT = Lettering(24, bold=True), Lettering(18, bold=True), Lettering(18)
 _SMALL = Lettering(15, FAINT_INK)
-_ABNORMAL, _OTHER = "#000000", "#009e73"
+_ABNORMAL, _EXCLUDED = "#000000", "#009e73"
 """Green of Okabe and Ito. Cased in white, both are seen on any colour of a heatmap."""
 _CASING_PX, _OUTLINE_PX = 4.0, 2.0
 _LEGEND_ROW_PX, _BETWEEN_ITEMS_PX, _LEAST_WIDTH_PX = 58, 56, 440
@@ -61,16 +61,16 @@ def write_comparison(
     maps: Sequence[ComparedMap],
     *,
     abnormal: Sequence[Ring],
-    other: Sequence[Ring],
+    excluded: Sequence[Ring],
     slide_id: str,
     overview_mpp: float,
 ) -> None:
     """Draw the slide, then a heatmap for each detector, all in one size, with (Z_99, Dice) below.
 
-    Rings are in pixels of the overview: `abnormal` ones, with their holes, are drawn in black, `other` ones in green.
-    Colours are those of every heatmap, so that slides can be compared by eye.
+    Rings are in pixels of the overview; those of what is `abnormal`, and of its holes, are drawn in black, `excluded`
+    ones in green. Colours are those of every heatmap, so that slides can be compared by eye.
     """
-    _comparison(overview, maps, (abnormal, other), slide_id=slide_id, overview_mpp=overview_mpp).save(path)
+    _comparison(overview, maps, (abnormal, excluded), slide_id=slide_id, overview_mpp=overview_mpp).save(path)
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,15 +193,16 @@ def _draw_panel(page: Page, corner_px: tuple[int, int], layout: _Layout, panel: 
 def _draw_outlines(
     page: Page, corner_px: tuple[int, int], layout: _Layout, outlines: tuple[Sequence[Ring], Sequence[Ring]]
 ) -> None:
-    """Green below black, both in white, and none beyond the panel."""
-    from matplotlib.collections import LineCollection
+    """Both in white, green above black, as what is excluded is a hole in what is abnormal; none beyond the panel."""
+    from matplotlib.collections import PolyCollection
     from matplotlib.transforms import Bbox, TransformedBbox
 
     panel_px = Bbox.from_bounds(*corner_px, *layout.panel_px)
-    rings = [[ring[[*range(len(ring)), 0]] * layout.scale + corner_px for ring in group] for group in outlines]
+    rings = [[ring * layout.scale + corner_px for ring in group] for group in outlines]
     casing = (rings[0] + rings[1], "white", _CASING_PX)
-    for lines, colour, width_px in (casing, (rings[1], _OTHER, _OUTLINE_PX), (rings[0], _ABNORMAL, _OUTLINE_PX)):
-        drawn = LineCollection(lines, colors=colour, linewidths=width_px * 72 / page.figure.dpi, joinstyle="round")
+    for lines, colour, width_px in (casing, (rings[0], _ABNORMAL, _OUTLINE_PX), (rings[1], _EXCLUDED, _OUTLINE_PX)):
+        width = width_px * 72 / page.figure.dpi
+        drawn = PolyCollection(lines, facecolors="none", edgecolors=colour, linewidths=width, joinstyle="round")
         page.axes.add_collection(drawn, autolim=False)
         drawn.set_clip_box(TransformedBbox(panel_px, page.axes.transData))
 
@@ -217,7 +218,7 @@ class _LegendItem:
 def _legend_items(
     layout: _Layout, overview_mpp: float, outlines: tuple[Sequence[Ring], Sequence[Ring]]
 ) -> list[_LegendItem]:
-    keys = ((outlines[0], "annotated as abnormal", _ABNORMAL), (outlines[1], "other annotation", _OTHER))
+    keys = ((outlines[0], "annotated as abnormal", _ABNORMAL), (outlines[1], "excluded annotation", _EXCLUDED))
     outlined = [_outline_item(text, colour) for rings, text, colour in keys if rings]
     return [_scale_bar_item(layout, overview_mpp), *outlined, _colour_bar_item()]
 

@@ -9,6 +9,7 @@ from typing import Literal
 import numpy as np
 from jaxtyping import Float64
 
+from wsi_anomaly.imaging.froc import FALSE_POSITIVES
 from wsi_anomaly.reporting.page import FAINT_INK, Lettering, Page, blank_page, shortened, text_width_px, wrapped
 from wsi_anomaly.reporting.plot import (
     DETECTOR_COLOURS,
@@ -28,12 +29,12 @@ _AXIS_LEFT_PX, _AXIS_ABOVE_PX, _AXIS_BELOW_PX = 52, 34, 56
 _SAMPLE_PX, _LINE_PX, _MOST_NAME_PX = 56, 32, 320
 _NOTE_LINE_PX, _MOST_NOTE_LINES = 26, 6
 _TEXT, _FAINT = Lettering(18), Lettering(18, FAINT_INK)
-_CHANCE_PX = 1.5
+_CHANCE_PX, _DOT_PX = 1.5, (13, 5)
+"""Of a line the width; of dots the largest, and the smallest: those of the next detector are seen on the last one's."""
 _FROC_NOTE = "Dots: the six rates whose mean sensitivity is the score of Camelyon16."
 _MISSING = "\N{EN DASH}"
 _FROC_RATES = {0.125: "1/8", 0.25: "1/4", 0.5: "1/2", 1.0: "1", 2.0: "2", 4.0: "4", 8.0: "8"}
-_OFFICIAL_RATES = np.array(list(_FROC_RATES)[1:])
-"""False positives per slide at which Camelyon16 measures sensitivity."""
+_OFFICIAL_RATES = np.array(FALSE_POSITIVES)
 _SAME_POINT = 4096
 """Points of a curve are one where they agree to this part of an axis: millions of thresholds need not be drawn."""
 _SHARES = even_axis(0.0, 1.0, 0.2)
@@ -56,7 +57,6 @@ class Curve:
     area: float | None
     """AUROC, AUPR or FROC score."""
     interval: tuple[float, float] | None = None
-    """Of 95 %."""
 
 
 def write_curves(
@@ -67,13 +67,14 @@ def write_curves(
     title: str,
     subtitle: str = "",
     prevalence: float | None = None,
+    level: float = 0.95,
 ) -> None:
     """Draw the curves of all detectors, by name, in one square, and their areas with intervals in its legend.
 
-    `prevalence` is the share of what is abnormal: the precision of chance. Of FROC curves the six points are marked
-    whose mean sensitivity is the score of Camelyon16.
+    `prevalence` is the share of what is abnormal: the precision of chance. `level` is that of the intervals. Of FROC
+    curves the six points are marked whose mean sensitivity is the score of Camelyon16.
     """
-    _curves(curves, kind, header=(title, subtitle), prevalence=prevalence).save(path)
+    _curves(curves, kind, header=(title, subtitle), prevalence=prevalence, level=level).save(path)
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,12 +90,17 @@ class _Entry:
 
 
 def _curves(
-    curves: Mapping[str, Curve], kind: CurveKind, *, header: tuple[str, str], prevalence: float | None = None
+    curves: Mapping[str, Curve],
+    kind: CurveKind,
+    *,
+    header: tuple[str, str],
+    prevalence: float | None = None,
+    level: float = 0.95,
 ) -> Page:
     entries = _entries(curves)
     legend = [*entries, *_chance_entry(kind, prevalence)]
     name_px = max(text_width_px(_short(entry.name), entry.lettering) for entry in legend) if legend else 0
-    values = [_value_head(kind, curves), *(entry.value for entry in legend)]
+    values = [_value_head(kind, curves, level), *(entry.value for entry in legend)]
     legend_px = _SAMPLE_PX + name_px + 2 * _GAP_PX + max(text_width_px(value, _FAINT) for value in values)
     width_px = _AXIS_LEFT_PX + _SIDE_PX + 2 * _GAP_PX + legend_px
     head = fitted_header(*header, width_px)
@@ -105,8 +111,9 @@ def _curves(
     plot = Plot(page, _MARGIN_PX + _AXIS_LEFT_PX, top_px, (_SIDE_PX, _SIDE_PX), *_axes(kind))
     plot.draw_axes()
     _draw_chance(plot, kind, prevalence)
-    for curve, entry in reversed(list(zip(curves.values(), entries, strict=True))):  # the first lies on top
-        _draw_curve(plot, curve, kind, entry)
+    drawn = list(enumerate(zip(curves.values(), entries, strict=True)))
+    for i, (curve, entry) in sorted(drawn, key=lambda one: bool(one[1][1].style)):  # unbroken lines show between dashes
+        _draw_curve(plot, curve, kind, entry, dot_px=max(_DOT_PX[0] - 2 * i, _DOT_PX[1]))
     legend_left_px = plot.left_px + _SIDE_PX + 2 * _GAP_PX
     _draw_legend(page, (legend_left_px, top_px), legend, name_px, values[0])
     if kind == "froc":
@@ -151,8 +158,8 @@ def _value(curve: Curve) -> str:
     return f"{curve.area:.3f}{interval}"
 
 
-def _value_head(kind: CurveKind, curves: Mapping[str, Curve]) -> str:
-    interval = " (95 % interval)" if any(curve.interval for curve in curves.values()) else ""
+def _value_head(kind: CurveKind, curves: Mapping[str, Curve], level: float) -> str:
+    interval = f" ({100 * level:g} % interval)" if any(curve.interval for curve in curves.values()) else ""
     return _AXES[kind][1] + interval
 
 
@@ -167,14 +174,15 @@ def _draw_chance(plot: Plot, kind: CurveKind, prevalence: float | None) -> None:
         draw_line(plot.page, *ends, FAINT_INK, width_px=_CHANCE_PX)
 
 
-def _draw_curve(plot: Plot, curve: Curve, kind: CurveKind, entry: _Entry) -> None:
+def _draw_curve(plot: Plot, curve: Curve, kind: CurveKind, entry: _Entry, *, dot_px: int) -> None:
     x, y = _drawn(curve, kind)
     if not len(x):
         return
     draw_line(plot.page, plot.x_px(x), plot.y_px(y), entry.colour, width_px=entry.line_px, style=entry.style)
     if kind == "froc":
         marked = np.interp(_OFFICIAL_RATES, *_ascending(curve))
-        plot.page.axes.plot(plot.x_px(_OFFICIAL_RATES), plot.y_px(marked), "o", color=entry.colour, markersize=5)
+        points_px, size = (plot.x_px(_OFFICIAL_RATES), plot.y_px(marked)), dot_px * 72 / plot.page.figure.dpi
+        plot.page.axes.plot(*points_px, "o", color=entry.colour, markersize=size, markeredgewidth=0)
 
 
 def _ascending(curve: Curve) -> tuple[Float64[np.ndarray, " point"], Float64[np.ndarray, " point"]]:
@@ -187,20 +195,26 @@ def _ascending(curve: Curve) -> tuple[Float64[np.ndarray, " point"], Float64[np.
 def _drawn(curve: Curve, kind: CurveKind) -> tuple[Float64[np.ndarray, " drawn"], Float64[np.ndarray, " drawn"]]:
     """The points to draw straight lines between.
 
-    A precision holds back to the recall before it, as average precision counts it. A sensitivity is interpolated over
+    A precision holds back to the recall before it, and of several with one recall the first counts, as in average
+    precision; that of no recall is a convention and is not drawn. A sensitivity is interpolated over
     the rate of false positives, which is curved on a logarithmic axis, and stays where a detector has no more of them.
     """
     x, y = _ascending(curve)
     if not len(x):
         return x, y
     if kind == "froc":
-        rates = np.geomspace(min(_FROC_RATES), max(_FROC_RATES), _SAME_POINT // 4)
+        ends = min(_FROC_RATES), max(_FROC_RATES)
+        own = x[(x > ends[0]) & (x < ends[1])]
+        rates = np.unique(np.concatenate([np.geomspace(*ends, _SAME_POINT // 4), np.nextafter(own, 0), own]))
         return rates, np.interp(rates, x, y)
     cells = np.rint(np.stack([x, y]) * _SAME_POINT)
     kept = np.ones(len(x), bool)
     kept[1:-1] = (np.diff(cells)[:, :-1] != 0).any(axis=0)
     x, y = x[kept], y[kept]
-    return (x, y) if kind == "roc" else (np.repeat(x, 2)[:-1], np.repeat(y, 2)[1:])
+    if kind == "roc":
+        return x, y
+    x, first = np.unique(x, return_index=True)
+    return np.repeat(x, 2)[1:-1], np.repeat(y[first], 2)[2:]
 
 
 def _draw_legend(

@@ -4,11 +4,10 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from math import isfinite, isnan
-from typing import Literal
+from math import isnan
 from unicodedata import combining, east_asian_width
 
-_DECIMALS = 3
+_DECIMALS, _LEAST_P = 3, 0.001
 _MISSING = "\N{EN DASH}"
 _MARKS = ("†", "‡", "§", "¶")
 _BETWEEN_HEADS = " · "
@@ -38,53 +37,41 @@ _NOT_LATEX = re.compile("|".join(map(re.escape, _IN_LATEX)))
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """One figure: a measure, or a count where it is an int."""
+    """One figure, of which more is better."""
 
-    value: float | int | None = None
+    value: float | None = None
     """None or NaN where there is none."""
     interval: tuple[float, float] | None = None
     """Its low and high end, shown in brackets."""
-    deviation: float | None = None
-    """Shown as ±."""
-    warning: str = ""
-    """Becomes a footnote; such a value is never shown as the best."""
-
-
-@dataclass(frozen=True, slots=True)
-class Column:
-    """A measure; its last head is its name, those before are of all its neighbours that share them."""
-
-    heads: tuple[str, ...]
-    better: Literal["higher", "lower"] | None = "higher"
-    """Which value of the column is shown as the best; None for none."""
+    p_value: float | None = None
+    """Of the difference from the first row."""
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A detector, or whatever else was measured."""
+    """What was measured of one detector."""
 
     name: str
     cells: tuple[Cell, ...]
     """One for each column."""
     warning: str = ""
-    """About all of its cells."""
+    """Becomes a footnote; the figures of such a row are never shown as the best."""
 
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """Measures in columns, what was measured in rows.
+    """Measures in columns, detectors in rows.
 
     Raises:
         ValueError: a row has not as many cells as there are columns.
     """
 
-    columns: tuple[Column, ...]
+    columns: tuple[tuple[str, ...], ...]
+    """Of each its heads: the last is the name of the measure, those before are of all neighbours that share them."""
     rows: tuple[Row, ...]
     caption: str
     notes: tuple[str, ...] = ()
     """The choices that have to be known to compare the figures with others."""
-    corner: str = "Detector"
-    """What the rows are."""
 
     def __post_init__(self) -> None:
         for row in self.rows:
@@ -92,19 +79,19 @@ class Table:
                 raise ValueError(f"row {row.name!r}: {len(row.cells)} cells for {len(self.columns)} columns")
 
 
-def to_markdown(table: Table, *, turned: bool = False) -> str:
+def to_markdown(table: Table, *, turned: bool) -> str:
     """A GitHub table that can be read as plain text too, its caption above, its notes below.
 
-    Intervals follow their value. `turned` puts the measures into lines and what was measured into columns.
+    Intervals and p-values follow their figure. `turned` puts measures into lines and detectors into columns.
     """
     marks, best = _marks(table), _best(table)
-    heads = [_BETWEEN_HEADS.join(column.heads) for column in table.columns]
+    heads = [_BETWEEN_HEADS.join(filter(None, heads)) for heads in table.columns]
     names = [row.name + marks.get(row.warning, "") for row in table.rows]
     cells = [
-        [_markdown_cell(cell, marks, best=(i, j) in best) for j, cell in enumerate(row.cells)]
+        [_markdown_cell(cell, best=(i, j) in best) for j, cell in enumerate(row.cells)]
         for i, row in enumerate(table.rows)
     ]
-    lines = [list(map(_markdown_text, ["" if turned else table.corner, *heads]))]
+    lines = [list(map(_markdown_text, ["Measure" if turned else "Detector", *heads]))]
     lines += [[_markdown_text(name), *line] for name, line in zip(names, cells, strict=True)]
     if turned:
         lines = [list(line) for line in zip(*lines, strict=True)]
@@ -113,11 +100,11 @@ def to_markdown(table: Table, *, turned: bool = False) -> str:
     return "\n\n".join(filter(None, [*parts, "\n".join(notes)])) + "\n"
 
 
-def to_latex(table: Table, *, label: str, turned: bool = False) -> str:
+def to_latex(table: Table, *, label: str, turned: bool) -> str:
     r"""A `table` environment that needs the package booktabs; `label` is what `\ref` calls it.
 
-    Intervals stand in small type below their row, or the table would be wider than a page. `turned` puts the measures
-    into lines and what was measured into columns.
+    Intervals and p-values stand in small type below their figure, or the table would be wider than a page. `turned`
+    puts measures into lines and detectors into columns.
     """
     marks, best = _marks(table), _best(table)
     body = _latex_turned(table, marks, best) if turned else _latex_upright(table, marks, best)
@@ -139,23 +126,20 @@ def to_latex(table: Table, *, label: str, turned: bool = False) -> str:
 
 def _marks(table: Table) -> dict[str, str]:
     """By warning, in reading order: † ‡ § ¶, then doubled."""
-    said = [text for row in table.rows for text in (row.warning, *(cell.warning for cell in row.cells))]
-    warnings = list(dict.fromkeys(filter(None, said)))
+    warnings = list(dict.fromkeys(row.warning for row in table.rows if row.warning))
     return {warning: _MARKS[i % len(_MARKS)] * (1 + i // len(_MARKS)) for i, warning in enumerate(warnings)}
 
 
 def _best(table: Table) -> set[tuple[int, int]]:
     """Row and column of the best values as printed, so that equal ones share the rank; of one alone there is none."""
     best = set()
-    for j, column in enumerate(table.columns):
-        sign = {"higher": 1, "lower": -1, None: 0}[column.better]
-        ranks = {
-            i: sign * round(row.cells[j].value or 0, _DECIMALS)
-            for i, row in enumerate(table.rows)
-            if _known(row.cells[j]) and not row.warning and not row.cells[j].warning
+    for j in range(len(table.columns)):
+        known = {
+            i: round(row.cells[j].value or 0, _DECIMALS) for i, row in enumerate(table.rows) if _known(row.cells[j])
         }
-        if sign and sum(_known(row.cells[j]) for row in table.rows) > 1:
-            best |= {(i, j) for i, rank in ranks.items() if rank == max(ranks.values())}
+        trusted = {i: value for i, value in known.items() if not table.rows[i].warning}
+        if len(known) > 1:
+            best |= {(i, j) for i, value in trusted.items() if value == max(trusted.values())}
     return best
 
 
@@ -165,29 +149,27 @@ def _known(cell: Cell) -> bool:
 
 def _notes(table: Table, marks: dict[str, str]) -> list[str]:
     """Warnings first: they change what the figures mean."""
-    cells = [cell for row in table.rows for cell in row.cells]
     notes = [f"{mark} {warning}" for warning, mark in marks.items()] + list(table.notes)
     if _best(table):
         notes.append(f"Bold: the best value of a measure{', of those without a warning' * bool(marks)}.")
-    return notes + [f"{_MISSING}: not available."] * (not all(map(_known, cells)))
+    missing = not all(_known(cell) for row in table.rows for cell in row.cells)
+    return notes + [f"{_MISSING}: not available."] * missing
 
 
-def _figure(value: float | int | None) -> str:  # noqa: PYI041 - an int is a count
-    if value is None or isnan(value):
-        return _MISSING
-    form = "," if isinstance(value, int) or not isfinite(value) else f".{_DECIMALS}f"
-    text = format(value, form).replace("-", "\N{MINUS SIGN}").replace("inf", "\N{INFINITY}")
-    return text if text.strip("\N{MINUS SIGN}0.") else text.lstrip("\N{MINUS SIGN}")  # no negative zero
+def _figure(value: float | None) -> str:
+    return _MISSING if value is None or isnan(value) else f"{value:.{_DECIMALS}f}"
 
 
-def _uncertainty(cell: Cell) -> str:
-    """The interval or the deviation, empty where there is neither or where there is no value."""
-    if not _known(cell):
+def _interval(cell: Cell) -> str:
+    """Empty where there is none or where there is no value; as `_p_value`."""
+    known = cell.interval if _known(cell) else None
+    return f"({_figure(known[0])}\N{EN DASH}{_figure(known[1])})" if known else ""
+
+
+def _p_value(cell: Cell) -> str:
+    if not _known(cell) or cell.p_value is None:
         return ""
-    shown = [f"± {_figure(cell.deviation)}"] if cell.deviation is not None else []
-    if cell.interval:
-        shown.append(f"({_figure(cell.interval[0])}\N{EN DASH}{_figure(cell.interval[1])})")
-    return " ".join(shown)
+    return f"p < {_LEAST_P}" if cell.p_value < _LEAST_P else f"p = {_figure(cell.p_value)}"
 
 
 def _one_line(text: str) -> str:
@@ -198,9 +180,9 @@ def _markdown_text(text: str) -> str:
     return _IN_MARKDOWN.sub(r"\\\g<0>", _one_line(text))
 
 
-def _markdown_cell(cell: Cell, marks: dict[str, str], *, best: bool) -> str:
-    value = f"**{_figure(cell.value)}**" if best else _figure(cell.value) + marks.get(cell.warning, "")
-    return f"{value} {_uncertainty(cell)}".rstrip()
+def _markdown_cell(cell: Cell, *, best: bool) -> str:
+    value = f"**{_figure(cell.value)}**" if best else _figure(cell.value)
+    return ", ".join(filter(None, [f"{value} {_interval(cell)}".rstrip(), _p_value(cell)]))
 
 
 def _aligned(lines: Sequence[Sequence[str]]) -> list[str]:
@@ -229,12 +211,12 @@ def _latex_text(text: str) -> str:
 def _latex_upright(table: Table, marks: dict[str, str], best: set[tuple[int, int]]) -> list[str]:
     heads = _heads(table)
     above = [line for level in range(len(heads[0]) - 1) for line in _latex_groups(heads, level)]
-    names = _latex_line(map(_latex_text, [table.corner, *(head[-1] for head in heads)]))
+    names = _latex_line(map(_latex_text, ["Detector", *(head[-1] for head in heads)]))
     lines = [
-        _latex_cells([_latex_name(row, marks)], [(cell, (i, j) in best) for j, cell in enumerate(row.cells)], marks)
+        _latex_cells([_latex_name(row, marks)], [(cell, (i, j) in best) for j, cell in enumerate(row.cells)])
         for i, row in enumerate(table.rows)
     ]
-    return _tabular(f"l{'r' * len(heads)}", [*above, names], [line for pair in lines for line in pair])
+    return _tabular(f"l{'r' * len(heads)}", [*above, names], [line for of_row in lines for line in of_row])
 
 
 def _latex_turned(table: Table, marks: dict[str, str], best: set[tuple[int, int]]) -> list[str]:
@@ -246,15 +228,15 @@ def _latex_turned(table: Table, marks: dict[str, str], best: set[tuple[int, int]
         if new[0] and j and depth > 1:
             lines.append(r"\addlinespace")
         shown = [_latex_text(one) if fresh else "" for one, fresh in zip(head, [*new[:-1], True], strict=True)]
-        lines += _latex_cells(shown, [(row.cells[j], (i, j) in best) for i, row in enumerate(table.rows)], marks)
+        lines += _latex_cells(shown, [(row.cells[j], (i, j) in best) for i, row in enumerate(table.rows)])
     names = _latex_line([*[""] * depth, *(_latex_name(row, marks) for row in table.rows)])
     return _tabular("l" * depth + "r" * len(table.rows), [names], lines)
 
 
 def _heads(table: Table) -> list[tuple[str, ...]]:
     """Of all columns, as many for each."""
-    depth = max(len(column.heads) for column in table.columns)
-    return [("",) * (depth - len(column.heads)) + column.heads for column in table.columns]
+    depth = max(map(len, table.columns))
+    return [("",) * (depth - len(heads)) + heads for heads in table.columns]
 
 
 def _latex_groups(heads: Sequence[tuple[str, ...]], level: int) -> list[str]:
@@ -268,26 +250,22 @@ def _latex_groups(heads: Sequence[tuple[str, ...]], level: int) -> list[str]:
     return [_latex_line(cells), "".join(rules)]
 
 
-def _latex_cells(names: Sequence[str], cells: Sequence[tuple[Cell, bool]], marks: dict[str, str]) -> list[str]:
-    """A line of values and, where there are any, a line of their uncertainties."""
-    values = [_latex_value(cell, marks, best=best) for cell, best in cells]
-    below = [_uncertainty(cell) for cell, _ in cells]
-    small = [rf"{{\scriptsize {_latex_text(text)}}}" if text else "" for text in below]
-    return [_latex_line([*names, *values]), *[_latex_line([*[""] * len(names), *small]) + "[2pt]"] * any(below)]
-
-
-def _latex_value(cell: Cell, marks: dict[str, str], *, best: bool) -> str:
-    value = _latex_text(_figure(cell.value))
-    mark = rf"\rlap{{{_latex_mark(cell.warning, marks)}}}" if cell.warning else ""  # figures stay below one another
-    return rf"\textbf{{{value}}}" if best else value + mark
+def _latex_cells(names: Sequence[str], cells: Sequence[tuple[Cell, bool]]) -> list[str]:
+    """A line of values, and below, where there are any, one of their intervals and one of their p-values."""
+    values = [
+        rf"\textbf{{{_figure(cell.value)}}}" if best else _latex_text(_figure(cell.value)) for cell, best in cells
+    ]
+    lines = [_latex_line([*names, *values])]
+    for below in ([_interval(cell) for cell, _ in cells], [_p_value(cell) for cell, _ in cells]):
+        if any(below):
+            small = [rf"{{\scriptsize {_latex_text(text)}}}" if text else "" for text in below]
+            lines.append(_latex_line([*[""] * len(names), *small]))
+    return [*lines[:-1], lines[-1] + "[2pt]" * (len(lines) > 1)]
 
 
 def _latex_name(row: Row, marks: dict[str, str]) -> str:
-    return _latex_text(row.name) + _latex_mark(row.warning, marks)
-
-
-def _latex_mark(warning: str, marks: dict[str, str]) -> str:
-    return rf"\textsuperscript{{{_latex_text(marks[warning])}}}" if warning else ""
+    mark = rf"\textsuperscript{{{_latex_text(marks[row.warning])}}}" if row.warning else ""
+    return _latex_text(row.name) + mark
 
 
 def _latex_line(cells: Iterable[str]) -> str:
