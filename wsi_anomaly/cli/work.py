@@ -10,6 +10,44 @@ from wsi_anomaly.cli.console import session, stdout
 from wsi_anomaly.cli.tables import print_metrics, print_slides
 from wsi_anomaly.execution import Resources
 
+AbnormalFrom = Annotated[
+    float | None,
+    typer.Option(
+        metavar="SHARE",
+        help="Share of a tile inside the annotation from which it counts as abnormal, instead of the protocol's; "
+        "1 is fully inside.",
+        show_default=False,
+    ),
+]
+NormalUpTo = Annotated[
+    float | None,
+    typer.Option(
+        metavar="SHARE",
+        help="Share up to which it counts as normal; tiles in between are left out.",
+        show_default=False,
+    ),
+]
+ThresholdZ = Annotated[
+    float | None,
+    typer.Option(help="z above which tissue counts as found, for Dice, IoU and TNR.", show_default=False),
+]
+MaskValues = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NUMBERS",
+        help="Which numbers in mask pictures mean abnormal, such as 2 or 1,2; of colours 0xRRGGBB.",
+        show_default=False,
+    ),
+]
+Group = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="NAME=MEANING",
+        help="What a group of outlines means that is not known: NAME=abnormal, NAME=excluded or NAME=ignored; "
+        "'none' are those without a group, '*' all others. May be given several times.",
+    ),
+]
+
 
 def fit(
     slides: p.Slides,
@@ -124,14 +162,11 @@ def evaluate(
         Literal["default", "paper", "released"],
         typer.Option(help="The choices of the AnoPILaD paper, or of its released code; each is named in the tables."),
     ] = "default",
-    group: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="NAME=MEANING",
-            help="What a group of outlines means that is not known: NAME=abnormal, NAME=excluded or NAME=ignored; "
-            "'none' are those without a group, '*' all others. May be given several times.",
-        ),
-    ] = None,
+    abnormal_from: AbnormalFrom = None,
+    normal_up_to: NormalUpTo = None,
+    threshold_z: ThresholdZ = None,
+    mask_values: MaskValues = None,
+    group: Group = None,
     quiet: p.Quiet = False,
     log_file: p.LogFile = None,
 ) -> None:
@@ -141,24 +176,35 @@ def evaluate(
     maps of all detectors side by side.
     """
     from wsi_anomaly.annotations import parse_groups
-    from wsi_anomaly.stages.evaluate import evaluate
+    from wsi_anomaly.stages.evaluate import choose_protocol, evaluate
     from wsi_anomaly.storage.layout import RunFolder
 
     if labels is None and annotations is None:
         raise typer.BadParameter("give --annotations, --labels or both")
+    choices = choose_protocol(protocol, abnormal_from=abnormal_from, normal_up_to=normal_up_to, threshold_z=threshold_z)
     with session(slides=0, quiet=quiet, log_file=log_file):
         done = evaluate(
             [RunFolder(folder) for folder in results],
             labels=labels,
             annotations=annotations,
-            protocol=protocol,
+            protocol=choices,
             groups=parse_groups(group or ()),
+            mask_values=_whole_numbers(mask_values) if mask_values else None,
         )
-    print_metrics({name: found.measures for name, found in done.findings.items()})
+    print_metrics(done)
     for name, found in done.findings.items():
         for warning in found.warnings:
             stdout.print(f"{name}: {warning}", markup=False, highlight=False, soft_wrap=True)
     stdout.print(f"Tables and figures are in {done.folder}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _whole_numbers(text: str) -> frozenset[int]:
+    try:
+        return frozenset(int(number, 0) for number in text.split(","))
+    except ValueError as error:
+        raise typer.BadParameter(
+            f"--mask-values {text}: write whole numbers with commas between, such as 1,2"
+        ) from error
 
 
 def demo(
@@ -175,7 +221,7 @@ def demo(
     with session(slides=0, quiet=quiet, log_file=log_file) as bars:
         found = demonstrate(out, resources=resources, listener=bars)
     print_slides(found.summary.rows, found.summary.folder.root)
-    print_metrics({name: found.measures for name, found in found.evaluation.findings.items()})
+    print_metrics(found.evaluation)
     _say_where_to_look(found)
 
 

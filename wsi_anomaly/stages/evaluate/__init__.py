@@ -2,23 +2,24 @@
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from wsi_anomaly.annotations import Matched, Meaning, find_annotations, read_slide_labels
-from wsi_anomaly.errors import AnnotationError
+from wsi_anomaly.errors import AnnotationError, OptionsError
 from wsi_anomaly.imaging.intervals import Comparison
 from wsi_anomaly.stages.evaluate.evidence import Evidence, gather, mapped_slides, without_truth
-from wsi_anomaly.stages.evaluate.measures import Findings, Measure, compare, measure
+from wsi_anomaly.stages.evaluate.measures import Findings, Measure, measure
 from wsi_anomaly.stages.evaluate.outputs import write_outputs
-from wsi_anomaly.stages.evaluate.protocol import PROTOCOLS, Protocol, ProtocolName
+from wsi_anomaly.stages.evaluate.protocol import Protocol, ProtocolName, choose_protocol
+from wsi_anomaly.stages.evaluate.slide_level import compare
 from wsi_anomaly.storage.arrays import read_attributes
 from wsi_anomaly.storage.layout import RunFolder
-from wsi_anomaly.storage.record import write_json
+from wsi_anomaly.storage.record import writable, write_json
 from wsi_anomaly.storage.tiles import TileStore
 
-__all__ = ["PROTOCOLS", "Evaluation", "Findings", "Measure", "Protocol", "ProtocolName", "evaluate"]
+__all__ = ["Evaluation", "Findings", "Measure", "Protocol", "ProtocolName", "choose_protocol", "evaluate"]
 
 log = logging.getLogger(__name__)
 
@@ -29,7 +30,7 @@ class Evaluation:
 
     findings: Mapping[str, Findings]
     comparisons: Mapping[str, Mapping[str, Comparison]]
-    """Of each further detector, by slide score: the first one's AUROC minus its own."""
+    """Of each further detector, by measure: that of the first one less its own."""
     folder: Path
 
     @property
@@ -43,31 +44,37 @@ def evaluate(
     *,
     labels: Path | None = None,
     annotations: Path | None = None,
-    protocol: ProtocolName = "default",
+    protocol: Protocol | None = None,
     groups: Mapping[str, Meaning] | None = None,
+    mask_values: frozenset[int] | None = None,
 ) -> Evaluation:
     """Compare what detectors found with labels and annotations; tables and figures lie in the first run's folder.
 
     `annotations` is a folder or a CSV (`find_annotations`), `labels` a CSV of labels, which come before those of the
-    other; `groups` says what groups of outlines mean that are not known. A detector is called by its name, or by its
+    other; `groups` says what groups of outlines mean that are not known, `mask_values` which values of mask pictures
+    are abnormal. `choose_protocol` makes a protocol other than the default. A detector is called by its name, or by its
     folder where two have the same.
 
     Raises:
         MissingOutputError: a run has no heat maps.
-        AnnotationError: labels or annotations cannot be read, or none belongs to a slide.
+        AnnotationError: labels or annotations cannot be read, or none belongs to a slide; or tiles are of different
+            sizes.
+        OptionsError: a run is given twice.
+        OutputError: the first run's folder cannot be written.
     """
-    choices = PROTOCOLS[protocol]
+    choices = protocol or choose_protocol()
     _require_equal_tiles(runs)
     slide_ids = list(dict.fromkeys(slide.slide_id for run in runs for slide in mapped_slides(run)))
     truth = _truth(slide_ids, labels, annotations)
-    evidence = {name: gather(run, truth, choices, groups or {}) for name, run in _named(runs).items()}
+    evidence = {name: gather(run, truth, choices, groups or {}, mask_values) for name, run in _named(runs).items()}
     _tell(truth, evidence)
     findings = {name: measure(slides, choices) for name, slides in evidence.items()}
     first, *others = evidence
     comparisons = {name: compare(evidence[first], evidence[name], choices) for name in others}
     evaluation = Evaluation(findings, comparisons, runs[0].evaluation)
-    write_json(runs[0].metrics, _as_json(evaluation, protocol, choices, truth))
-    write_outputs(runs[0].evaluation, evidence, findings, choices)
+    with writable(runs[0].root):
+        write_json(runs[0].metrics, _as_json(evaluation, choices, truth))
+    write_outputs(runs[0].evaluation, evidence, findings, comparisons, choices)
     return evaluation
 
 
@@ -89,10 +96,15 @@ def _truth(slide_ids: Sequence[str], labels: Path | None, annotations: Path | No
 
 
 def _named(runs: Sequence[RunFolder]) -> dict[str, RunFolder]:
-    """By detector; by folder where that is ambiguous."""
+    """By detector; where that is ambiguous by folder, with as many of the folders above it as tell them apart."""
+    roots = [run.root.resolve() for run in runs]
+    if twice := next((run.root for run, root in zip(runs, roots, strict=True) if roots.count(root) > 1), None):
+        raise OptionsError(f"{twice}: given twice. Name each folder of results once.")
     names = [str(read_attributes(mapped_slides(run)[0].scores)["detector"]) for run in runs]
-    if len(set(names)) < len(names):
-        names = [run.root.resolve().name for run in runs]
+    depth = 0
+    while len(set(names)) < len(names):
+        depth += 1
+        names = ["/".join(root.parts[-depth:]) for root in roots]
     return dict(zip(names, runs, strict=True))
 
 
@@ -118,15 +130,15 @@ def _tell(truth: Matched, evidence: Mapping[str, Sequence[Evidence]]) -> None:
         log.warning("abnormal without annotation, so at the slide level only: %s", ", ".join(excluded))
 
 
-def _as_json(evaluation: Evaluation, name: str, protocol: Protocol, truth: Matched) -> dict[str, Any]:
+def _as_json(evaluation: Evaluation, protocol: Protocol, truth: Matched) -> dict[str, Any]:
     return {
-        "protocol": {"name": name, **protocol.model_dump(mode="json")},
+        "protocol": protocol.model_dump(mode="json"),
         "detectors": {
             detector: {**found.measures, "intervals": dict(found.intervals), "warnings": list(found.warnings)}
             for detector, found in evaluation.findings.items()
         },
         "comparisons": {
-            detector: {score: {"difference": test.difference, "p_value": test.p_value} for score, test in tests.items()}
+            detector: {measured: asdict(test) for measured, test in tests.items()}
             for detector, tests in evaluation.comparisons.items()
         },
         "unmatched": list(truth.unmatched),

@@ -1,10 +1,11 @@
 """Which choices an evaluation makes: the defaults, those of the AnoPILaD paper, and those of its released code."""
 
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
+from pydantic_core import PydanticCustomError
 
-from wsi_anomaly.options import Options
+from wsi_anomaly.options import Options, parse_options
 
 ProtocolName = Literal["default", "paper", "released"]
 
@@ -12,10 +13,12 @@ ProtocolName = Literal["default", "paper", "released"]
 class Protocol(Options):
     """What counts as abnormal, what scores are taken from, and how sure the figures are."""
 
-    abnormal_from: float = Field(1.0, gt=0, le=1)
-    """Share of a tile inside the annotation from which it is abnormal; 1 is fully inside."""
+    name: ProtocolName = "default"
+    """Of the protocol whose choices these are, but for those that the user made."""
     normal_up_to: float = Field(0.0, ge=0, lt=1)
-    """Share up to which a tile is normal; what lies between is left out of the tile level."""
+    """Share of a tile inside the annotation up to which it is normal."""
+    abnormal_from: float = Field(1.0, gt=0, le=1)
+    """Share from which it is abnormal; 1 is fully inside. What lies between is left out of the tile level."""
     normal_tissue_of_abnormal_slides: bool = True
     """Whether it counts as normal at the tile level, or only that of normal slides."""
     z_from: Literal["reference", "cohort"] = "reference"
@@ -31,6 +34,16 @@ class Protocol(Options):
     resamples: int = Field(2000, ge=100)
     seed: int = Field(0, ge=0)
 
+    @field_validator("abnormal_from")
+    @classmethod
+    def _above_normal(cls, abnormal_from: float, known: Any) -> float:  # noqa: ANN401 - beartype cannot check its class
+        normal_up_to = known.data.get("normal_up_to", 0.0)
+        if abnormal_from <= normal_up_to:
+            raise PydanticCustomError(
+                "contradiction", "must be larger than 'normal_up_to' = {normal_up_to}", {"normal_up_to": normal_up_to}
+            )
+        return abnormal_from
+
     def choices(self) -> tuple[str, ...]:
         """Each choice as a sentence for the notes of a table."""
         inside = "fully" if self.abnormal_from == 1 else f"to {self.abnormal_from:g} or more"
@@ -45,12 +58,31 @@ class Protocol(Options):
             f"z is measured against {against}.",
             f"Slides: Z_MAX and Z_99 of eroded {self.slide_scores_of}.",
             f"Segmentation: {cells}; TNR of normal slides by {self.specificity_of}.",
-            f"Intervals: {self.level:.0%}, DeLong for AUROC, else {sampled}.",
+            f"Intervals: {self.level:.0%}, DeLong for AUROC of slides, else {sampled}.",
         )
 
 
 PROTOCOLS: dict[ProtocolName, Protocol] = {
     "default": Protocol(),
-    "paper": Protocol(z_from="cohort"),
-    "released": Protocol(normal_tissue_of_abnormal_slides=False, slide_scores_of="ranks", specificity_of="ranks"),
+    "paper": Protocol(name="paper", z_from="cohort"),
+    "released": Protocol(
+        name="released", normal_tissue_of_abnormal_slides=False, slide_scores_of="ranks", specificity_of="ranks"
+    ),
 }
+
+
+def choose_protocol(
+    name: ProtocolName = "default",
+    *,
+    abnormal_from: float | None = None,
+    normal_up_to: float | None = None,
+    threshold_z: float | None = None,
+) -> Protocol:
+    """A protocol with some choices of the user's own; None leaves one as it is.
+
+    Raises:
+        OptionsError: a choice makes no sense, or two contradict each other.
+    """
+    own = {"abnormal_from": abnormal_from, "normal_up_to": normal_up_to, "threshold_z": threshold_z}
+    changes = {key: value for key, value in own.items() if value is not None}
+    return parse_options(Protocol, PROTOCOLS[name].model_dump() | changes, where=f"protocol '{name}'")
