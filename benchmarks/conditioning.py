@@ -1,13 +1,21 @@
 """Prompt conditioning: prompts per second of `PromptEncoder` against compel, which takes one prompt at a time.
 
     python benchmarks/conditioning.py [--size full|small] [--prompts N] [--threads N] [--repeats N] [--device cpu|cuda]
+    python benchmarks/conditioning.py --tiles N [--sets N] [--jitter SHARE ...] [--prompts N] [...]
 
-Each prompt has five keywords of the lymph node list, drawn at random, two of weight above 1 and two below: three passes
-of the text encoder. Compel gets them as strings, which it parses, and as fragments. `PromptEncoder` gets them when it
-has seen nothing, when it has seen the same keywords with other weights, and when it has seen the same prompts. The text
-encoder has random weights; `full` has the sizes of Stable Diffusion 1's (CLIP ViT-L/14), `small` a quarter of its width
-and a third of its layers. All take turns; a rate is that of the median time, and ratios are those of rates. The
-difference is the largest to compel's fragments.
+Without --tiles, each prompt has five keywords of the lymph node list, drawn at random, two of weight above 1 and two
+below. Compel gets them as strings, which it parses, and as fragments. `PromptEncoder` gets them when it has seen
+nothing, when it has seen the same keywords with other weights, and when it has seen the same prompts. All take turns; a
+rate is that of the median time, and ratios are those of rates. The difference is the largest to compel's fragments.
+
+With --tiles, prompts come as a slide makes them, and as the detector asks for them on a CPU: so many tiles, each of one
+of --sets kinds of tissue, whose shares fall as 1, 1/2, 1/3 and so on. A kind has five keywords, whose similarities fall
+by 0.01; a tile has those of its kind with noise of --jitter times that, so that weights differ from tile to tile, and
+neighbouring ranks change places now and then: then it is another text. `PromptEncoder` has seen nothing at the start;
+compel gets --prompts of the same prompts, one by one. The goal is five times its rate, with differences below 1e-5.
+
+The text encoder has random weights; `full` has the sizes of Stable Diffusion 1's (CLIP ViT-L/14), `small` a quarter of
+its width and a third of its layers. On one thread, without a GPU, times are processor times: others disturb them less.
 """
 
 import argparse
@@ -15,6 +23,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import torch
@@ -32,8 +41,11 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer  # noqa: E
 
 from wsi_anomaly.detectors.diffusion.conditioning import PromptEncoder  # noqa: E402
 from wsi_anomaly.detectors.protocol import Prompt  # noqa: E402
-from wsi_anomaly.devices import resolve_device  # noqa: E402
+from wsi_anomaly.devices import CHUNK_TILES, resolve_device  # noqa: E402
+from wsi_anomaly.prompts.building import JOINER, PREFIX, build_prompts  # noqa: E402
 from wsi_anomaly.prompts.keywords import load_keywords  # noqa: E402
+from wsi_anomaly.prompts.matching import clip_tokens  # noqa: E402
+from wsi_anomaly.storage.prompts import fragments  # noqa: E402
 
 SIZES = {"full": (768, 12), "small": (192, 4)}
 """Width and number of layers."""
@@ -47,10 +59,52 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--tiles", type=int, default=0)
+    parser.add_argument("--sets", type=int, default=200)
+    parser.add_argument("--jitter", type=float, nargs="+", default=[0.0, 0.5, 1.0])
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     tokenizer = clip_tokenizer()
     text_encoder = random_text_encoder(tokenizer, *SIZES[arguments.size]).to(resolve_device(arguments.device))
+    (compare_on_slides if arguments.tiles else compare_on_random_prompts)(arguments, tokenizer, text_encoder)
+
+
+def compare_on_slides(arguments: argparse.Namespace, tokenizer: CLIPTokenizer, text_encoder: CLIPTextModel) -> None:
+    """One row for each jitter."""
+    compel = Compel(tokenizer=tokenizer, text_encoder=text_encoder)
+    by_fragments(compel, (("cells", 1.5),))  # it remembers the empty prompt
+    table = Table("jitter", "texts", "compel, prompts/s", "ours, prompts/s", "ratio", "difference")
+    for jitter in arguments.jitter:
+        prompts = slide_prompts(arguments.tiles, sets=arguments.sets, jitter=jitter)
+        chosen = np.linspace(0, len(prompts) - 1, arguments.prompts).astype(int).tolist()
+        seconds: list[tuple[float, float]] = []
+        for _ in range(arguments.repeats):
+            theirs, their_seconds = timed(
+                lambda _, few=[prompts[i] for i in chosen]: torch.cat([by_fragments(compel, one) for one in few]), None
+            )
+            encoder = PromptEncoder(tokenizer, text_encoder)
+            ours, our_seconds = timed(partial(in_portions, prompts=prompts, kept=set(chosen)), encoder)
+            seconds.append((their_seconds / len(chosen), our_seconds / len(prompts)))
+        slow, fast = (1 / statistics.median(times) for times in zip(*seconds, strict=True))
+        texts = len({tuple(text for text, _ in prompt) for prompt in prompts})
+        difference = (ours - theirs).abs().max().item()
+        table.add_row(str(jitter), str(texts), f"{slow:.2f}", f"{fast:.1f}", f"{fast / slow:.1f}", f"{difference:.1e}")
+    Console().print(table)
+
+
+def in_portions(encoder: PromptEncoder, *, prompts: list[Prompt], kept: set[int]) -> torch.Tensor:
+    """The embeddings of some of the prompts; all are made, so many at once as the detector restores tiles on a CPU."""
+    rows = []
+    for start in range(0, len(prompts), CHUNK_TILES):
+        made = encoder.encode(prompts[start : start + CHUNK_TILES])
+        rows += [row for number, row in enumerate(made, start) if number in kept]
+    return torch.stack(rows)
+
+
+def compare_on_random_prompts(
+    arguments: argparse.Namespace, tokenizer: CLIPTokenizer, text_encoder: CLIPTextModel
+) -> None:
+    """One row for each way."""
     ways = ways_to_encode(tokenizer, text_encoder, arguments.prompts)
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     results = {}
@@ -106,10 +160,11 @@ def by_fragments(compel: Compel, prompt: Prompt) -> torch.Tensor:
 
 def timed(encode: Callable[[PromptEncoder | None], torch.Tensor], given: PromptEncoder | None) -> tuple:
     """The embeddings and the seconds until the device has them."""
-    started = time.perf_counter()
+    clock = time.process_time if torch.get_num_threads() == 1 and not torch.cuda.is_available() else time.perf_counter
+    started = clock()
     embeddings = encode(given)
     embeddings[-1, -1, -1].item()
-    return embeddings, time.perf_counter() - started
+    return embeddings, clock() - started
 
 
 def random_prompts(count: int, *, weight_seed: int) -> list[Prompt]:
@@ -124,6 +179,32 @@ def random_prompts(count: int, *, weight_seed: int) -> list[Prompt]:
         joined = [piece for pair in zip(texts, weights, strict=True) for piece in (("and", 1.0), pair)]
         prompts.append((("a histopathological photograph of", 1.0), *joined[1:]))
     return prompts
+
+
+def slide_prompts(count: int, *, sets: int, jitter: float) -> list[Prompt]:
+    """Those of the tiles of a made-up slide, in the order of a scan of no particular place."""
+    keywords = [keyword.text for keyword in load_keywords("lymph_node").normal]
+    random = np.random.default_rng(0)
+    kinds = np.stack([random.permutation(len(keywords))[:5] for _ in range(sets)])
+    shares = 1 / np.arange(1, sets + 1)
+    which = random.choice(sets, count, p=shares / shares.sum())
+    gap = 0.01
+    near = 0.3 - gap * np.arange(5) + random.normal(0, jitter * gap, (count, 5))
+    # However little it is, weights differ from tile to tile.
+    near += random.uniform(-gap / 10, gap / 10, near.shape)
+    similarity = np.zeros((count, len(keywords)), np.float32)
+    np.put_along_axis(similarity, kinds[which], near.astype(np.float32), axis=1)
+    sizes = clip_tokens([PREFIX, JOINER, *keywords])
+    built = build_prompts(
+        similarity,
+        top_k=5,
+        weighting="numeric",
+        keyword_tokens=sizes[2:],
+        prefix_tokens=int(sizes[0]),
+        joiner_tokens=int(sizes[1]),
+    )
+    rows = zip(built.keywords.tolist(), built.weights.tolist(), strict=True)
+    return [fragments(keywords, *row, prefix=PREFIX, joiner=JOINER) for row in rows]
 
 
 def as_string(prompt: Prompt) -> str:

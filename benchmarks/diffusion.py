@@ -78,14 +78,14 @@ def add_row(table: Table, name: str, scorer: Any, batch: TileBatch, *, rate: flo
 
 def counted(scorer: Any, batch: TileBatch) -> float:
     """Floating point operations of a tile: one encoding, and the network as often as the profile asks it."""
-    network, calls = scorer.restorer.network, scorer.facts["network_calls"][0]
+    network, calls = scorer.restorer.network, scorer.restorer.trajectories[0].calls
     device = scorer.restorer.device
     pixels = torch.from_numpy(batch.pixels[:1]).to(device)
     with torch.inference_mode(), FlopCounterMode(display=False) as encoding:
         latents = network.encode(pixels)
     condition = network.condition(batch.prompts[:1])
     compiled, network.unet = network.unet, getattr(network.unet, "_orig_mod", network.unet)
-    with torch.inference_mode(), FlopCounterMode(display=False) as one_call:
+    with torch.inference_mode(), FlopCounterMode(display=False) as one_call:  # with guidance, both of its passes
         network.noise(latents, START, condition)
     network.unet = compiled
     return float(encoding.get_total_flops() + calls * one_call.get_total_flops())

@@ -68,7 +68,7 @@ def compare(tiles: np.ndarray, base: Path, adapter: Path, device: str) -> None:
         scores = scorer.score(batch)[:, 0]
         speed = len(tiles) / (time.perf_counter() - started)
         paper = scores if paper is None else paper
-        calls = scorer.facts["network_calls"][0] * (1 if detector.guidance == 1 else 2)
+        calls = scorer.facts["network_calls"][0]
         rank = spearmanr(paper, scores).statistic
         table.add_row(name, detector.sampler.name, str(calls), f"{rank:.4f}", f"{speed:.2f}")
     Console().print(table)

@@ -3,7 +3,7 @@
 import json
 import logging
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -43,27 +43,10 @@ class TestAnoDdpm(DetectorContract):
     tile_px = PX
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Networks this small are fastest on one."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def checkpoint(fitted: Callable[..., Path]) -> Path:
     """A fitted tiny network."""
-    folder = tmp_path_factory.mktemp("model") / "detector"
-    TINY.fit(normal_tiles(), folder, device="cpu")
-    return folder
-
-
-@pytest.fixture
-def spoilt(checkpoint: Path, tmp_path: Path) -> Path:
-    """The same, in a folder that may be spoilt."""
-    return shutil.copytree(checkpoint, tmp_path / "spoilt")
+    return fitted(TINY, normal_tiles())
 
 
 @pytest.fixture
@@ -118,11 +101,31 @@ def test_several_starts_give_several_named_scores(checkpoint: Path) -> None:
     assert changed(scores=names).score_names == names
 
 
-def test_the_scorer_tells_how_it_walks(checkpoint: Path) -> None:
-    """From 100 through a grid of 20 steps: 100, 50, 0."""
-    facts = TINY.load(checkpoint, device="cpu").facts
-    assert facts["timesteps"] == [100]
-    assert facts["network_calls"] == [3]
+@pytest.mark.parametrize(("restoration", "calls"), [("noise", 3), ("inpaint", 6)])
+def test_the_scorer_tells_how_it_walks(restoration: str, calls: int, checkpoint: Path) -> None:
+    """From 100 through a grid of 20 steps: 100, 50, 0; in-painting asks for each half. The network counts the same."""
+    scorer = changed(restoration=restoration, cell_px=4).load(checkpoint, device="cpu")
+    network, seen = scorer.restorer.network, []
+    unet = (network if restoration == "noise" else network._network).unet  # noqa: SLF001 - the one inside
+    unet.register_forward_hook(lambda _, given, __: seen.append(len(given[0])))
+    scorer.score(batch_of(smooth_tiles(8, PX, seed=2)))
+    assert scorer.facts["timesteps"] == [100]
+    assert scorer.facts["network_calls"] == [calls]
+    assert sum(seen) == calls * 8
+
+
+def test_the_signal_to_noise_ratio_is_that_of_the_noise_that_is_added(checkpoint: Path, tmp_path: Path) -> None:
+    """Simplex noise has a quarter of the variance that the schedule counts on; halves change nothing."""
+    gaussian = TINY.load(checkpoint, device="cpu")
+    (share,) = (gaussian.restorer.network.schedule.alpha_cumprod(t) for t in TINY.timesteps)
+    assert gaussian.facts["snr"] == [pytest.approx(share / (1 - share))]
+    simplex = changed(QUICK, noise="simplex")
+    simplex.fit(normal_tiles(8), tmp_path, device="cpu")
+    for restoration in ("noise", "inpaint"):
+        scorer = changed(simplex, restoration=restoration, cell_px=4).load(tmp_path, device="cpu")
+        assert scorer.facts["snr"] == [pytest.approx(4 * share / (1 - share))]
+    added = simplex._noise_maker(1000)(np.arange(200, dtype=np.uint64), (3, PX, PX), 100)  # noqa: SLF001
+    assert np.mean(added**2) == pytest.approx(0.25, rel=0.1)
 
 
 # --- noise
@@ -284,6 +287,29 @@ def test_missing_weights_for_lpips_are_noticed_before_anything_is_learnt(tmp_pat
     with pytest.raises(ModelError, match="lpips"):
         changed(scores=("lpips",)).fit(normal_tiles(), tmp_path / "model", device="cpu")
     assert not (tmp_path / "model").exists()
+
+
+def test_the_weights_of_lpips_belong_to_the_model(lpips_weights: Path, tmp_path: Path) -> None:
+    """Wherever they lie; others are refused, and the digest is told."""
+    detector = changed(QUICK, scores=("lpips",), lpips_weights=str(lpips_weights))
+    detector.fit(normal_tiles(8), tmp_path / "model", device="cpu")
+    moved = Path(shutil.copy(lpips_weights, tmp_path / "moved.safetensors"))
+    scorer = changed(detector, lpips_weights=str(moved)).load(tmp_path / "model", device="cpu")
+    noted = json.loads((tmp_path / "model/lpips.json").read_text())["digest"]
+    assert scorer.facts["lpips_digest"] == noted
+    save_file(load_file(moved) | {"lin4.model.1.weight": torch.ones(1, 512, 1, 1)}, moved)
+    with pytest.raises(ModelError, match=rf"moved.safetensors: these weights .* are not.*instead of {noted[:12]}"):
+        changed(detector, lpips_weights=str(moved)).load(tmp_path / "model", device="cpu")
+
+
+def test_a_model_without_lpips_notes_none(lpips_weights: Path, tmp_path: Path) -> None:
+    """Nor keeps the note of an earlier fit; with the score it cannot be loaded, as it was never measured so."""
+    detector = changed(QUICK, scores=("lpips",), lpips_weights=str(lpips_weights))
+    detector.fit(normal_tiles(8), tmp_path, device="cpu")
+    QUICK.fit(normal_tiles(8), tmp_path, device="cpu")
+    assert "lpips_digest" not in QUICK.load(tmp_path, device="cpu").facts
+    with pytest.raises(ModelError, match=r"lpips.json: is missing"):
+        detector.load(tmp_path, device="cpu")
 
 
 def test_no_tiles_are_refused(tmp_path: Path) -> None:

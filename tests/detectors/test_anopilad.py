@@ -1,20 +1,28 @@
 import json
+import logging
 import shutil
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import numpy as np
 import psutil
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
-from wsi_anomaly.detectors.protocol import Based, Scorer
+from wsi_anomaly.detectors.protocol import Based, Scorer, TileBatch
 from wsi_anomaly.errors import ModelError, OptionsError
 from wsi_anomaly.options import parse_options
 from wsi_anomaly.testing import DetectorContract, TilesInMemory, batch_of, smooth_tiles
 
 TRAINING = {"steps": 6, "batch_size": 8, "learning_rate": 1e-3, "save_every": 1, "picture_every": 100}
+
+
+class StoppedError(Exception):
+    """What stands in for a crash in these tests."""
 
 
 def detector(base: Path, **options: Any) -> Any:
@@ -25,21 +33,12 @@ def detector(base: Path, **options: Any) -> Any:
     return parse_options(AnoPilad, table | options, where="test")
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Any:
-    """Networks this small are fastest on one."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 class TestContract(DetectorContract):
     """What every detector promises; a random base cannot rank by latents."""
 
     detector: ClassVar[Any] = None
     tile_px = 64
-    fit_tiles = 16
+    fit_tiles = 96  # so that a fit killed half-way is killed in its first epoch: later it reads no tiles
     tells_apart = ("mse_pixel",)
 
     @pytest.fixture(autouse=True, scope="class")
@@ -50,11 +49,9 @@ class TestContract(DetectorContract):
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def checkpoint(tiny_base: Path, fitted: Callable[..., Path]) -> Path:
     """A finished fit."""
-    folder: Path = tmp_path_factory.mktemp("fit") / "detector"
-    detector(tiny_base).fit(TilesInMemory(smooth_tiles(12, 64, seed=1)), folder, device="cpu")
-    return folder
+    return fitted(detector(tiny_base), TilesInMemory(smooth_tiles(12, 64, seed=1)))
 
 
 def test_a_fit_leaves_an_adapter_that_diffusers_loads(checkpoint: Path, tiny_base: Path) -> None:
@@ -81,6 +78,19 @@ def test_the_prompt_of_a_tile_decides_its_score(checkpoint: Path, tiny_base: Pat
     scores = scorer.score(type(batch)(batch.pixels, batch.seeds, prompts))[:, 0]
     assert scores[0] == scores[1]
     assert len(set(scores.tolist())) == 3
+
+
+@pytest.mark.parametrize(("guidance", "calls"), [(1.0, 7), (7.5, 14)])
+def test_guidance_doubles_the_calls_that_are_told(
+    guidance: float, calls: int, checkpoint: Path, tiny_base: Path
+) -> None:
+    """As often as each tile goes through the UNet; from 301 on a grid of 20 steps there are 7."""
+    scorer = detector(tiny_base, guidance=guidance).load(checkpoint, device="cpu")
+    seen: list[int] = []
+    scorer.restorer.network.unet.register_forward_hook(lambda _, given, __: seen.append(len(given[0])))
+    scorer.score(batch_of(smooth_tiles(8, 64, seed=2)))
+    assert scorer.facts["network_calls"] == [calls]
+    assert sum(seen) == calls * 8
 
 
 def test_guidance_of_one_is_none_and_more_asks_the_empty_prompt_too(tiny_base: Path) -> None:
@@ -128,12 +138,28 @@ def test_a_base_that_is_not_here_says_so_at_once_offline(checkpoint: Path) -> No
         offline.load(checkpoint, device="cpu")
 
 
-def test_a_damaged_note_of_the_base_is_a_model_error(checkpoint: Path, tiny_base: Path, tmp_path: Path) -> None:
+def test_a_damaged_note_of_the_base_is_a_model_error(spoilt: Path, tiny_base: Path) -> None:
     """Not a traceback."""
-    shutil.copytree(checkpoint, tmp_path / "copy")
-    (tmp_path / "copy" / "base.json").write_text("{")
+    (spoilt / "base.json").write_text("{")
     with pytest.raises(ModelError, match=r"base.json: is damaged"):
-        detector(tiny_base).load(tmp_path / "copy", device="cpu")
+        detector(tiny_base).load(spoilt, device="cpu")
+
+
+def test_the_weights_of_lpips_belong_to_the_model(tiny_base: Path, lpips_weights: Path, tmp_path: Path) -> None:
+    """Wherever they lie; others are refused, and missing ones before anything is learnt."""
+    options = {"scores": ["lpips", "mse_latent"], "training": TRAINING | {"steps": 1}}
+    tiles = TilesInMemory(smooth_tiles(8, 64, seed=1))
+    with pytest.raises(ModelError, match="no weights are given"):
+        detector(tiny_base, **options).fit(tiles, tmp_path / "model", device="cpu")
+    assert not (tmp_path / "model").exists()
+    detector(tiny_base, **options, lpips_weights=str(lpips_weights)).fit(tiles, tmp_path / "model", device="cpu")
+    moved = Path(shutil.copy(lpips_weights, tmp_path / "moved.safetensors"))
+    elsewhere = detector(tiny_base, **options, lpips_weights=str(moved))
+    noted = json.loads((tmp_path / "model/lpips.json").read_text())["digest"]
+    assert elsewhere.load(tmp_path / "model", device="cpu").facts["lpips_digest"] == noted
+    save_file(load_file(moved) | {"features.0.bias": torch.ones(64)}, moved)
+    with pytest.raises(ModelError, match=rf"these weights of LPIPS are not those.*instead of {noted[:12]}"):
+        elsewhere.load(tmp_path / "model", device="cpu")
 
 
 @pytest.mark.parametrize(
@@ -164,6 +190,67 @@ def test_caption_dropout_and_input_perturbation_change_what_is_learnt(tiny_base:
         detector(tiny_base, training=TRAINING | extra).fit(tiles, tmp_path / str(number), device="cpu")
         found.append((tmp_path / str(number) / "pytorch_lora_weights.safetensors").read_bytes())
     assert len(set(found)) == 3
+
+
+class Counting(TilesInMemory):
+    """Remembers which tiles were read."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__(smooth_tiles(count, 64, seed=1))
+        self.asked: list[int] = []
+
+    def read(self, indices: np.ndarray) -> TileBatch:
+        """The tiles at these positions, each under a prompt of its own."""
+        self.asked += indices.tolist()
+        prompts = tuple((("lymph node", 1.0), ("tissue", 1 + position / 7)) for position in indices.tolist())
+        return replace(super().read(indices), prompts=prompts)
+
+
+ENDS_AND_SAMPLES = sorted([*[0] * 4, *[23] * 3, *np.linspace(0, 23, 8).round().astype(int).tolist()])
+"""What a fit on 24 tiles looks at besides the tiles of its steps."""
+
+
+def test_tiles_are_read_until_their_latents_are_kept(
+    tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In ten epochs hardly more than once, as one batch is read ahead; what is learnt is what reading always gives."""
+    training = TRAINING | {"steps": 30, "save_every": 100}
+    kept, plain = Counting(24), Counting(24)
+    detector(tiny_base, training=training).fit(kept, tmp_path / "kept", device="cpu")
+    assert set(range(24)) <= set(kept.asked)
+    assert len(kept.asked) <= len(ENDS_AND_SAMPLES) + 24 + 8
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=0))
+    detector(tiny_base, training=training).fit(plain, tmp_path / "plain", device="cpu")
+    assert len(plain.asked) == len(ENDS_AND_SAMPLES) + 240
+    learnt = [tmp_path / name / "pytorch_lora_weights.safetensors" for name in ("kept", "plain")]
+    assert learnt[0].read_bytes() == learnt[1].read_bytes()
+
+
+class Stopping(logging.Handler):
+    """Stops a fit when it tells how long it will take: after twenty steps."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Fail at that line."""
+        if "steps/s" in record.getMessage():
+            raise StoppedError
+
+
+def test_no_pixels_are_read_once_all_latents_are_kept(
+    tiny_base: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A fit that stopped after its first epoch goes on with the ends of the tiles, and the samples of the picture."""
+    training = TRAINING | {"steps": 30, "save_every": 1}
+    detector(tiny_base, training=training).fit(Counting(24), tmp_path / "whole", device="cpu")
+    rest = Counting(24)
+    log, stopping = logging.getLogger("wsi_anomaly"), Stopping()
+    log.addHandler(stopping)
+    with caplog.at_level(logging.INFO, "wsi_anomaly"), pytest.raises(StoppedError):
+        detector(tiny_base, training=training).fit(Counting(24), tmp_path / "rest", device="cpu")
+    log.removeHandler(stopping)
+    detector(tiny_base, training=training).fit(rest, tmp_path / "rest", device="cpu")
+    assert sorted(rest.asked) == ENDS_AND_SAMPLES
+    learnt = [tmp_path / name / "pytorch_lora_weights.safetensors" for name in ("whole", "rest")]
+    assert learnt[0].read_bytes() == learnt[1].read_bytes()
 
 
 def test_the_loss_falls(tiny_base: Path, tmp_path: Path) -> None:

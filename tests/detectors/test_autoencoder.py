@@ -1,7 +1,7 @@
 """Facts about the autoencoder beyond the contract: its score, its network, what it refuses."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -23,21 +23,10 @@ class TestAutoencoder(DetectorContract):
     detector = TINY
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Networks this small are fastest on one."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def checkpoint(fitted: Callable[..., Path]) -> Path:
     """A fitted tiny autoencoder."""
-    folder = tmp_path_factory.mktemp("model") / "detector"
-    TINY.fit(TilesInMemory(smooth_tiles(24, 32, seed=1)), folder, device="cpu")
-    return folder
+    return fitted(TINY, TilesInMemory(smooth_tiles(24, 32, seed=1)))
 
 
 def test_the_score_is_the_mean_of_the_map(checkpoint: Path) -> None:
@@ -113,37 +102,38 @@ def test_weights_of_another_width_are_refused_by_name(checkpoint: Path) -> None:
         Autoencoder(channels=(8, 16)).load(checkpoint, device="cpu")
 
 
-def test_weights_of_another_shape_are_refused_by_name(checkpoint: Path, tmp_path: Path) -> None:
+def test_weights_of_another_shape_are_refused_by_name(spoilt: Path) -> None:
     """Even where the label is right, each tensor must be."""
     label = {
         "wsi_anomaly": json.dumps(
             {"format_version": 1, "architecture": {"detector": "autoencoder", "channels": [8, 8]}}
         )
     }
-    weights = load_file(checkpoint / "weights.safetensors")
+    weights = load_file(spoilt / "weights.safetensors")
     weights["layers.0.weight"] = weights["layers.0.weight"][:, :1].contiguous()
     del weights["layers.1.bias"]
-    save_file(weights, tmp_path / "weights.safetensors", label)
+    save_file(weights, spoilt / "weights.safetensors", label)
     with pytest.raises(
         ModelError, match=r"layers.0.weight is \[8, 1, 3, 3\], not \[8, 3, 3, 3\]; layers.1.bias is missing"
     ):
-        TINY.load(tmp_path, device="cpu")
+        TINY.load(spoilt, device="cpu")
 
 
-def test_weights_of_another_format_are_refused(checkpoint: Path, tmp_path: Path) -> None:
+def test_weights_of_another_format_are_refused(spoilt: Path) -> None:
     """A file of a later version is not guessed at."""
-    weights = load_file(checkpoint / "weights.safetensors")
-    save_file(weights, tmp_path / "weights.safetensors", {"wsi_anomaly": json.dumps({"format_version": 2})})
+    weights = load_file(spoilt / "weights.safetensors")
+    save_file(weights, spoilt / "weights.safetensors", {"wsi_anomaly": json.dumps({"format_version": 2})})
     with pytest.raises(ModelError, match=r"format version is 2.* reads 1"):
-        TINY.load(tmp_path, device="cpu")
+        TINY.load(spoilt, device="cpu")
 
 
 @pytest.mark.parametrize("size", [0, 7, 100, -1])
-def test_truncated_weights_are_refused(size: int, checkpoint: Path, tmp_path: Path) -> None:
+def test_truncated_weights_are_refused(size: int, spoilt: Path) -> None:
     """Wherever the file was cut off."""
-    (tmp_path / "weights.safetensors").write_bytes((checkpoint / "weights.safetensors").read_bytes()[:size])
+    path = spoilt / "weights.safetensors"
+    path.write_bytes(path.read_bytes()[:size])
     with pytest.raises(ModelError, match="damaged"):
-        TINY.load(tmp_path, device="cpu")
+        TINY.load(spoilt, device="cpu")
 
 
 def test_a_loss_that_is_no_number_ends_the_fit(tmp_path: Path) -> None:

@@ -11,12 +11,12 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from jaxtyping import Float32, Int64, UInt64
+from jaxtyping import Float32, Int64
 from pydantic import Field, PositiveInt, PrivateAttr, field_validator
 
-from wsi_anomaly.detectors.diffusion.inpainting import Checkerboard, half_noise
+from wsi_anomaly.detectors.diffusion.inpainting import Checkerboard, HalfNoise
 from wsi_anomaly.detectors.diffusion.learner import DiffusionLearner, DiffusionTrainingOptions, Draws, Precision
-from wsi_anomaly.detectors.diffusion.noise import simplex_noise, tile_noise
+from wsi_anomaly.detectors.diffusion.noise import GaussianNoise, NoiseMaker, SimplexNoise
 from wsi_anomaly.detectors.diffusion.pixel import (
     NetworkSizes,
     PixelDiffusion,
@@ -26,11 +26,11 @@ from wsi_anomaly.detectors.diffusion.pixel import (
     model_from_scratch,
 )
 from wsi_anomaly.detectors.diffusion.pixel_base import load_pixel_base
-from wsi_anomaly.detectors.diffusion.restoring import NoiseMaker, Restorer
+from wsi_anomaly.detectors.diffusion.restoring import Restorer
 from wsi_anomaly.detectors.diffusion.samplers import Ddim, SamplerOptions
 from wsi_anomaly.detectors.diffusion.scoring import DiffusionScorer, ScoreName, names_of
 from wsi_anomaly.detectors.diffusion.training import train_steps
-from wsi_anomaly.detectors.perceptual import load_lpips
+from wsi_anomaly.detectors.perceptual import Lpips, load_lpips, note_lpips, require_noted
 from wsi_anomaly.detectors.protocol import TileBatch, TileSource
 from wsi_anomaly.detectors.residuals import mse
 from wsi_anomaly.detectors.weights import WEIGHTS, load_weights, save_weights, write_whole
@@ -137,31 +137,37 @@ class AnoDdpm(Options):
         model, origin = self._beginning()
         # What is learnt stays in full precision; accelerate computes in the precision of the training options.
         network = PixelDiffusion(model, place, precision="fp32")
-        self._scorer(network, place)  # refuses now what would be refused after days of learning
+        # Refuses now what would be refused after days of learning.
+        lpips = self._lpips(place)
+        self._scorer(network, place, lpips)
         learner = DiffusionLearner(
             network=network.unet,
             timesteps=len(network.schedule),
             loss=partial(_loss, network, self._noise_maker(len(network.schedule))),
             # A scorer remembers its last batch, and the network changes.
-            rebuild=lambda batch: self._scorer(network, place).reconstruct(batch),
+            rebuild=lambda batch: self._scorer(network, place, lpips).reconstruct(batch),
             save=partial(self._save, model),
             weights=WEIGHTS,
             recipe={"detector": "anoddpm", "noise": self.noise, "start": origin, **model.description},
         )
         train_steps(learner, tiles, self.training, folder=checkpoint, device=device)
+        note_lpips(lpips, checkpoint)
 
     def load(self, checkpoint: Path, *, device: str) -> DiffusionScorer:
         """The scorer whose weights `fit` left in `checkpoint`. Needs no base.
 
         Raises:
-            ModelError: the weights are missing, damaged, newer or of another architecture.
+            ModelError: the weights are missing, damaged, newer or of another architecture, or those of LPIPS are
+                missing or others than in the fit.
             OptionsError: the device does not exist, or a start is not within the schedule.
         """
         place = resolve_device(device)
         model = _described(checkpoint / NETWORK) if self.base else self._from_scratch()
         load_weights(model.unet, checkpoint, self._architecture(model))
         network = PixelDiffusion(model, place, precision=self.precision)
-        return self._scorer(network, place)
+        if lpips := self._lpips(place):
+            require_noted(lpips, checkpoint, weights=self.lpips_weights)
+        return self._scorer(network, place, lpips)
 
     def _beginning(self) -> tuple[PixelModel, str]:
         """The network before it learns, and what its weights are made of."""
@@ -182,36 +188,24 @@ class AnoDdpm(Options):
         parts = {f"{name}.{key}": value for name, part in model.description.items() for key, value in part.items()}
         return {"detector": "anoddpm", "noise": self.noise, **parts}
 
-    def _scorer(self, network: PixelDiffusion, place: torch.device) -> DiffusionScorer:
+    def _lpips(self, place: torch.device) -> Lpips | None:
+        return load_lpips(self.lpips_weights, device=place) if "lpips" in self.scores else None
+
+    def _scorer(self, network: PixelDiffusion, place: torch.device, lpips: Lpips | None) -> DiffusionScorer:
         in_painting = self.restoration == "inpaint"
         make_noise = self._noise_maker(len(network.schedule))
         restorer = Restorer(
             Checkerboard(network, self.cell_px) if in_painting else network,
             self.sampler,
             self.timesteps,
-            make_noise=half_noise(make_noise) if in_painting else make_noise,
+            make_noise=HalfNoise(make_noise) if in_painting else make_noise,
             device=place,
             portion=PORTION_CUDA if place.type == "cuda" else CHUNK_TILES,
         )
-        lpips = load_lpips(self.lpips_weights, device=place) if "lpips" in self.scores else None
         return DiffusionScorer(restorer, self.scores, lpips)
 
-    def _noise_maker(self, steps: int) -> NoiseMaker:
-        return _gaussian if self.noise == "gaussian" else partial(_simplex, steps)
-
-
-def _gaussian(seeds: UInt64[np.ndarray, " tile"], shape: tuple[int, ...], draw: int) -> Any:  # noqa: ANN401 - see NoiseMaker
-    return tile_noise(seeds, shape, draw=draw)
-
-
-def _simplex(
-    steps: int, seeds: UInt64[np.ndarray, " tile"], shape: tuple[int, ...], draw: int
-) -> Float32[np.ndarray, "tile ..."]:
-    """The noise of a start is simplex noise; fresh noise on the way back, drawn beyond the schedule, is normal."""
-    if draw >= steps:
-        return tile_noise(seeds, shape, draw=draw)
-    channels, height, width = shape
-    return simplex_noise(seeds, (channels, height, width), t=draw)
+    def _noise_maker(self, timesteps: int) -> NoiseMaker:
+        return GaussianNoise() if self.noise == "gaussian" else SimplexNoise(timesteps)
 
 
 def _loss(

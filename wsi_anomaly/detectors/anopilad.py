@@ -4,14 +4,13 @@ Kim et al., "AnoPILaD" (MICCAI 2025): Stable Diffusion, taught normal tissue by 
 takes the noise away under the prompt of the five keywords nearest to the tile.
 """
 
-import json
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-from jaxtyping import Float, Float32, Int64, UInt64
+from jaxtyping import Float, Int64
 from pydantic import Field, PrivateAttr
 from scipy.special import ndtr
 
@@ -21,16 +20,16 @@ from wsi_anomaly.detectors.diffusion.latent import LatentDiffusion, Precision
 from wsi_anomaly.detectors.diffusion.latents import LatentCache, latent_cache, posterior_moments
 from wsi_anomaly.detectors.diffusion.learner import DiffusionLearner, DiffusionTrainingOptions, Draws
 from wsi_anomaly.detectors.diffusion.lora import LORA_WEIGHTS, LoraOptions, add_lora, load_lora, save_lora
-from wsi_anomaly.detectors.diffusion.noise import tile_noise
+from wsi_anomaly.detectors.diffusion.noise import GaussianNoise, tile_noise
 from wsi_anomaly.detectors.diffusion.restoring import Restorer
 from wsi_anomaly.detectors.diffusion.samplers import Plms, SamplerOptions
 from wsi_anomaly.detectors.diffusion.scoring import DiffusionScorer, ScoreName, names_of
 from wsi_anomaly.detectors.diffusion.training import train_steps
-from wsi_anomaly.detectors.perceptual import load_lpips
+from wsi_anomaly.detectors.perceptual import Lpips, load_lpips, note_lpips, require_noted
 from wsi_anomaly.detectors.protocol import Prompt, TileBatch, TileSource
 from wsi_anomaly.detectors.residuals import mse
 from wsi_anomaly.detectors.training import fit_identity
-from wsi_anomaly.detectors.weights import write_whole
+from wsi_anomaly.detectors.weights import read_digest, write_digest
 from wsi_anomaly.devices import CHUNK_TILES, resolve_device
 from wsi_anomaly.errors import ModelError, OptionsError
 from wsi_anomaly.options import Options
@@ -88,7 +87,8 @@ class AnoPilad(Options):
         Goes on from an unfinished fit with the same options, base and tiles.
 
         Raises:
-            ModelError: the base cannot be had or is of another family, or training diverged.
+            ModelError: the base cannot be had or is of another family, weights for LPIPS are missing, or training
+                diverged.
             OptionsError: the device does not exist or has too little memory for one tile, a start is not within the
                 base's schedule, or the tiles have no prompts.
             CohortError: there are too few tiles.
@@ -99,29 +99,32 @@ class AnoPilad(Options):
         # Frozen weights stay in full precision; accelerate computes in the precision of the training options.
         network = LatentDiffusion(backbone, place, precision="fp32", guidance=1.0)
         self._require_starts(network)
+        lpips = self._lpips(place)
         add_lora(backbone.unet, self.lora, seed=self.training.seed)
         side_px = tiles.read(np.array([0])).pixels.shape[1] if len(tiles) else 0
         side = side_px // backbone.downsampling
         shape = (backbone.vae.config.latent_channels, side, side)
-        identity = fit_identity(tiles, {"vae": base_digest}) if len(tiles) else ""
-        with latent_cache(checkpoint, shape, tiles=len(tiles), identity=identity) as cache:
+        with latent_cache(checkpoint, shape, tiles=len(tiles), identity=_seen(tiles, base_digest)) as cache:
+            lesson = _Lesson(network, self.training, tiles, cache, place)
             learner = DiffusionLearner(
                 network=backbone.unet,
                 timesteps=len(network.schedule),
-                loss=_Lesson(network, self.training, cache, place).loss,
+                loss=lesson.loss,
                 # Anew for each picture: a scorer remembers what it made of the same tiles before.
-                rebuild=lambda batch: self._scorer(network, place).reconstruct(batch),
+                rebuild=lambda batch: self._scorer(network, place, lpips).reconstruct(batch),
                 save=partial(_save, backbone, base_digest),
                 weights=LORA_WEIGHTS,
                 recipe={"base": base_digest, "lora": self.lora.model_dump(mode="json")},
+                read=lesson.read,
             )
             train_steps(learner, tiles, self.training, folder=checkpoint, device=device)
+        note_lpips(lpips, checkpoint)
 
     def load(self, checkpoint: Path, *, device: str) -> DiffusionScorer:
         """The scorer whose adapter `fit` left in `checkpoint`, on the base that it was taught on.
 
         Raises:
-            ModelError: the adapter is missing, damaged or newer, or the base is missing or another one.
+            ModelError: the adapter is missing, damaged or newer, or base or LPIPS are missing, or not those of the fit.
             OptionsError: the device does not exist, or a start is not within the base's schedule.
         """
         place = resolve_device(device)
@@ -132,20 +135,24 @@ class AnoPilad(Options):
         network = LatentDiffusion(backbone, place, precision=self.precision, guidance=self.guidance)
         if self.compiled and place.type == "cuda":
             network.compile()
-        return self._scorer(network, place)
+        if lpips := self._lpips(place):
+            require_noted(lpips, checkpoint, weights=self.lpips_weights)
+        return self._scorer(network, place, lpips)
 
-    def _scorer(self, network: LatentDiffusion, place: torch.device) -> DiffusionScorer:
+    def _lpips(self, place: torch.device) -> Lpips | None:
+        return load_lpips(self.lpips_weights, device=place) if "lpips" in self.scores else None
+
+    def _scorer(self, network: LatentDiffusion, place: torch.device, lpips: Lpips | None) -> DiffusionScorer:
         portion = PORTION_CUDA if place.type == "cuda" else CHUNK_TILES
         restorer = Restorer(
             network,
             self.sampler,
             self.timesteps,
-            make_noise=_normal_noise,
+            make_noise=GaussianNoise(),
             device=place,
             portion=portion,
             check=_require_prompts,
         )
-        lpips = load_lpips(self.lpips_weights, device=place) if "lpips" in self.scores else None
         return DiffusionScorer(restorer, self.scores, lpips)
 
     def _require_starts(self, network: LatentDiffusion) -> None:
@@ -159,14 +166,23 @@ class _Lesson:
 
     network: LatentDiffusion
     options: AnoPiladTraining
+    tiles: TileSource
     cache: LatentCache
     device: torch.device
+
+    def read(self, positions: Int64[np.ndarray, " tile"]) -> TileBatch:
+        """Tiles without pixels (each of 0 x 0 px) once the cache knows all of these: they are slow to read."""
+        prompts = self.cache.prompts(positions)
+        if prompts is None:
+            batch = self.tiles.read(positions)
+            _require_prompts(batch)
+            return batch
+        return TileBatch(np.zeros((len(positions), 0, 0, 3), np.uint8), np.zeros(len(positions), np.uint64), prompts)
 
     def loss(
         self, batch: TileBatch, positions: Int64[np.ndarray, " tile"], draws: Draws
     ) -> Float[torch.Tensor, " tile"]:
         """The mean squared error of each tile (Ho et al., "Denoising Diffusion Probabilistic Models", eq. 14)."""
-        _require_prompts(batch)
         clean = self._latents(batch, positions, draws)
         noise = self._noise(draws, clean, _ADDED)
         given = noise + self.options.input_perturbation * self._noise(draws, clean, _PERTURBING)
@@ -180,13 +196,13 @@ class _Lesson:
         self, batch: TileBatch, positions: Int64[np.ndarray, " tile"], draws: Draws
     ) -> Float[torch.Tensor, "tile channel y_latent x_latent"]:
         """Drawn from the VAE's posterior, whose mean and deviation are computed once."""
-        mean, deviation = np.moveaxis(
-            self.cache.moments(
-                positions, lambda missing: posterior_moments(self.network.vae, batch.pixels[missing], self.device)
-            ),
-            1,
-            0,
-        )
+
+        def encode(missing: Int64[np.ndarray, " missing"]) -> np.ndarray:
+            # Without pixels where the cache knew the tiles a moment ago, and the disk has failed since.
+            pixels = batch.pixels[missing] if batch.pixels.size else self.tiles.read(positions[missing]).pixels
+            return posterior_moments(self.network.vae, pixels, self.device)
+
+        mean, deviation = np.moveaxis(self.cache.moments(positions, batch.prompts, encode), 1, 0)
         drawn = mean + deviation * tile_noise(draws.seeds, mean.shape[1:], draw=_POSTERIOR)
         return torch.from_numpy(drawn).to(self.device)
 
@@ -202,20 +218,21 @@ class _Lesson:
         return torch.from_numpy(tile_noise(draws.seeds, tuple(like.shape[1:]), draw=draw)).to(self.device)
 
 
+def _seen(tiles: TileSource, base_digest: str) -> str:
+    """Stands for what latents and prompts are made of; looks at the first and the last tile, as `fit_identity` does."""
+    if not len(tiles):
+        return ""
+    ends = tiles.read(np.array([0, len(tiles) - 1])).prompts
+    return fit_identity(tiles, {"vae": base_digest, "prompts": ends})
+
+
 def _save(backbone: Backbone, base_digest: str, folder: Path) -> None:
     save_lora(backbone.unet, folder)
-    content = json.dumps({"digest": base_digest}) + "\n"
-    write_whole(folder / BASE, lambda file: file.write(content.encode()))
+    write_digest(folder / BASE, base_digest)
 
 
 def _require_base(checkpoint: Path, found: str) -> None:
-    path = checkpoint / BASE
-    try:
-        wanted = str(json.loads(path.read_bytes())["digest"])
-    except FileNotFoundError as error:
-        raise ModelError(f"{path}: is missing: the fit was not finished, or not all of the model copied.") from error
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ModelError(f"{path}: is damaged ({error}). Copy the model again, or fit it anew.") from error
+    wanted = read_digest(checkpoint / BASE)
     if wanted != found:
         raise ModelError(
             f"{checkpoint}: the base model here is not the one that the adapter was taught on (sha256 {found[:12]} "
@@ -230,12 +247,6 @@ def _require_prompts(batch: TileBatch) -> None:
             "the detector 'anopilad' needs the prompt of each tile, and there is none. Add a table [prompt] to the "
             "pipeline file; for a single stage run: wsi-anomaly prompt"
         )
-
-
-def _normal_noise(
-    seeds: UInt64[np.ndarray, " tile"], shape: tuple[int, ...], draw: int
-) -> Float32[np.ndarray, "tile ..."]:
-    return tile_noise(seeds, shape, draw=draw)
 
 
 _POSTERIOR, _ADDED, _PERTURBING, _DROPPING = range(4)

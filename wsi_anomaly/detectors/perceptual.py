@@ -4,7 +4,9 @@ Zhang, Isola, Efros, Shechtman and Wang, "The Unreasonable Effectiveness of Deep
 (CVPR 2018), equation 1, version 0.1 with VGG16.
 """
 
+import hashlib
 from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -12,8 +14,11 @@ from jaxtyping import Float, Float32
 from torch import nn
 
 from wsi_anomaly.checkpoints import fill, read_state_dict
+from wsi_anomaly.detectors.weights import read_digest, write_digest
 from wsi_anomaly.errors import ModelError, OptionsError
 
+NOTE = "lpips.json"
+"""Beside a detector's weights: the digest of the LPIPS that its scores are of."""
 LPIPS_SOURCES = (
     "LPIPS needs the weights of two files: those of VGG16 for ImageNet from torchvision (vgg16-397923af.pth, at "
     "https://download.pytorch.org/models/vgg16-397923af.pth) and the linear heads from the Python package lpips 0.1.4 "
@@ -35,6 +40,18 @@ class Lpips(nn.Module):
         self.features = nn.Sequential(*_layers())
         for block, (width, _) in enumerate(_BLOCKS):
             self.add_module(f"lin{block}", _Head(width))
+
+    @cached_property
+    def digest(self) -> str:
+        """A sha256 of all the numbers that decide a distance, however many files they came in. They stay as they are.
+
+        Half-precision files of the same weights are others: their numbers are rounded.
+        """
+        told = hashlib.sha256()
+        for name, tensor in sorted(self.state_dict().items()):
+            told.update(f"{name}{list(tensor.shape)}".encode())
+            told.update(tensor.cpu().contiguous().numpy().astype("<f4").tobytes())
+        return told.hexdigest()
 
     def forward(
         self, images: Float32[torch.Tensor, "tile rgb y x"], rebuilt: Float32[torch.Tensor, "tile rgb y x"]
@@ -75,6 +92,29 @@ def load_lpips(weights: str | Path | None, *, device: torch.device) -> Lpips:
         network = Lpips()
     fill(network, found, path=path, ignored=_CLASSIFIERS, remedy=LPIPS_SOURCES)
     return network.to(device).eval().requires_grad_(requires_grad=False)
+
+
+def note_lpips(lpips: Lpips | None, folder: Path) -> None:
+    """Leave the digest of its LPIPS in the folder of a fitted detector; no note where it uses none."""
+    if lpips is None:
+        (folder / NOTE).unlink(missing_ok=True)
+    else:
+        write_digest(folder / NOTE, lpips.digest)
+
+
+def require_noted(lpips: Lpips, folder: Path, *, weights: str) -> None:
+    """Refuse other weights than those that `note_lpips` noted; `weights` is where these lie.
+
+    Raises:
+        ModelError: they are others, or the note is missing or damaged.
+    """
+    noted = read_digest(folder / NOTE)
+    if noted != lpips.digest:
+        raise ModelError(
+            f"{weights}: these weights of LPIPS are not those that the model in {folder} was fitted with (sha256 "
+            f"{lpips.digest[:12]} instead of {noted[:12]}): its scores would mean something else. Put the right ones "
+            "there, or fit again under another name."
+        )
 
 
 def _read(path: Path) -> dict[str, torch.Tensor]:

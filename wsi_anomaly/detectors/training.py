@@ -47,7 +47,8 @@ class TrainingOptions(Options):
     """Stop when the loss on held-out tiles has not fallen for so many epochs. The best epoch's weights are kept."""
     held_out_fraction: float = Field(0.1, gt=0, lt=1)
     seed: int = Field(0, ge=0)
-    """Decides the first weights, which tiles are held out, and the order of the others."""
+    """Decides the first weights, which tiles are held out, and the order of the others. In a pipeline file, the
+    pipeline's own where it is not given."""
 
 
 @dataclass(frozen=True, slots=True)

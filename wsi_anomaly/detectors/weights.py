@@ -57,6 +57,25 @@ def copy_of(network: torch.nn.Module) -> Weights:
     return {name: tensor.detach().clone() for name, tensor in network.state_dict().items()}
 
 
+def write_digest(path: Path, digest: str) -> None:
+    """Note which weights of others, not part of what a fit leaves, its own belong to."""
+    write_whole(path, lambda file: file.write(f"{json.dumps({'digest': digest})}\n".encode()))
+
+
+def read_digest(path: Path) -> str:
+    """What `write_digest` noted.
+
+    Raises:
+        ModelError: the note is missing or damaged.
+    """
+    try:
+        return str(json.loads(path.read_bytes())["digest"])
+    except FileNotFoundError as error:
+        raise ModelError(f"{path}: is missing: the fit was not finished, or not all of the model copied.") from error
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"{path}: is damaged ({error}). Copy the model again, or fit it anew.") from error
+
+
 def write_whole(path: Path, write: Callable[[IO[bytes]], object]) -> None:
     """Put a whole file in place, or none."""
     temporary = path.with_name(f"{path.name}.tmp")

@@ -1,6 +1,7 @@
 """Pipeline files: TOML tables to a typed `Pipeline`. Presets are found by bare name in the package, or by path."""
 
 import tomllib
+from collections.abc import Mapping
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
@@ -30,7 +31,8 @@ class Pipeline(Options):
     name: str
     description: str = ""
     seed: int = Field(0, ge=0)
-    """Of which slides are held out and of the noise of a tile. How a detector learns has a seed of its own."""
+    """Of everything random: which slides are held out, the noise of a tile, and how a detector learns unless `seed`
+    under [detector.training] says otherwise."""
     tissue: TissueOptions = TissueOptions()
     tiles: TileOptions = TileOptions()
     prompt: PromptOptions | None = None
@@ -119,7 +121,8 @@ def build_detector(pipeline: Pipeline) -> Detector:
     """
     name = pipeline.detector_name
     detector_class = load_plugin(DETECTORS, name)
-    options = {key: value for key, value in pipeline.detector.items() if key != "name"}
+    given = {key: value for key, value in pipeline.detector.items() if key != "name"}
+    options = _seeded(given, detector_class, pipeline.seed)
     detector: Detector = parse_options(detector_class, options, where=f"pipeline '{pipeline.name}', [detector] {name}")
     return detector
 
@@ -136,6 +139,17 @@ def build_detector_here(pipeline: Pipeline, resources: Resources) -> Detector:
     if resources.base_weights:
         raise OptionsError(f"--base-weights: the detector '{pipeline.detector_name}' has no base model. Leave it out.")
     return detector
+
+
+def _seeded(options: Mapping[str, Any], detector_class: type[Options], seed: int) -> Mapping[str, Any]:
+    """The same options with a seed to learn by, where the detector takes one and none is given."""
+    field = detector_class.model_fields.get("training")
+    kind, training = field.annotation if field else None, options.get("training", {})
+    if not (isinstance(kind, type) and issubclass(kind, Options) and "seed" in kind.model_fields):
+        return options
+    if not isinstance(training, Mapping):
+        return options  # which is refused by name
+    return {**options, "training": {"seed": seed, **training}}
 
 
 def _pipeline_path(name_or_path: str | Path) -> Path:

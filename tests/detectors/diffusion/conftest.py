@@ -1,11 +1,9 @@
-"""Fixtures for the diffusion detectors: torchvision in order, one thread, a tiny random base in a folder."""
+"""Fixtures for the diffusion detectors: torchvision in order, a tiny random base in a folder."""
 
 import socket
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 
 from wsi_anomaly.torchvision_shim import make_importable
 
@@ -33,12 +31,3 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
     monkeypatch.setattr(socket.socket, "connect", refuse)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Networks this small are fastest on one."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)

@@ -2,7 +2,7 @@
 
 import math
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -37,15 +37,6 @@ TEXTS = [
     "a",
 ]
 WEIGHTS = [0.0, 1e-6, 0.3, 0.94, 0.97, 1.0, 1.0, 1.03, 1.07, 2.5]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Networks this small are fastest on one."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +81,9 @@ def encoder(tokenizer: CLIPTokenizer, text_encoder: CLIPTextModel) -> PromptEnco
 def passes(text_encoder: CLIPTextModel) -> list[int]:
     """Grows by the batch size whenever the text encoder runs."""
     sizes: list[int] = []
-    text_encoder.register_forward_hook(lambda _, given, __: sizes.append(len(given[0])))
+    text_encoder.encoder.register_forward_hook(
+        lambda _, __, given, ___: sizes.append(len(given["inputs_embeds"])), with_kwargs=True
+    )
     return sizes
 
 
@@ -125,11 +118,17 @@ def plain(text: str, tokenizer: CLIPTokenizer, text_encoder: CLIPTextModel) -> t
         return text_encoder(tokens).last_hidden_state
 
 
+@pytest.mark.parametrize("batch_size", [None, 8])
 @pytest.mark.parametrize("fragments", [5, 14])
 def test_embeddings_are_those_of_compel(
-    fragments: int, encoder: PromptEncoder, by_compel: Callable[[Prompt], torch.Tensor]
+    fragments: int,
+    batch_size: int | None,
+    tokenizer: CLIPTokenizer,
+    text_encoder: CLIPTextModel,
+    by_compel: Callable[[Prompt], torch.Tensor],
 ) -> None:
-    """For five fragments, which fit, and up to fourteen, of which some are cut off."""
+    """For five fragments, which fit, and up to fourteen, of which some are cut off; one by one and in batches."""
+    encoder = PromptEncoder(tokenizer, text_encoder, batch_size=batch_size)
     prompts = [FIVE, *random_prompts(60, fragments=fragments, seed=fragments)]
     expected = torch.stack([by_compel(prompt) for prompt in prompts])
     torch.testing.assert_close(encoder.encode(prompts), expected, atol=1e-5, rtol=0)
@@ -178,30 +177,41 @@ def test_weight_zero_is_almost_the_prompt_without_the_fragment(encoder: PromptEn
 
 
 def test_a_fragment_without_tokens_has_no_weight(encoder: PromptEncoder, passes: list[int]) -> None:
-    """Nothing of it can be hidden, so no pass hides it."""
+    """Nothing of it can be hidden, so nothing new goes through the text encoder."""
     plainly = encoder.encode([(("cells", 1.0),)])
     assert torch.equal(encoder.encode([(("cells", 1.0), (" ", 0.5))]), plainly)
-    assert len(passes) == 1
+    assert len(passes) == 2  # the empty prompt, and this one
 
 
 @pytest.mark.parametrize(
     ("size", "count"), [({"layers": 2, "width": 32, "heads": 4}, 13), ({"layers": 1, "width": 768, "heads": 12}, 3)]
 )
+@pytest.mark.parametrize("batch_size", [None, 8])
 def test_an_embedding_does_not_depend_on_the_prompts_it_comes_with(
-    size: dict[str, int], count: int, tokenizer: CLIPTokenizer, make_text_encoder: MakeTextEncoder
+    size: dict[str, int],
+    count: int,
+    batch_size: int | None,
+    tokenizer: CLIPTokenizer,
+    make_text_encoder: MakeTextEncoder,
 ) -> None:
     """Bit for bit, in any order, alone or not, encoded or remembered; also with layers of full width."""
     text_encoder, prompts = make_text_encoder(**size), random_prompts(count, fragments=6, seed=3)
-    together = PromptEncoder(tokenizer, text_encoder).encode(prompts)
-    alone = PromptEncoder(tokenizer, text_encoder)
+    together = PromptEncoder(tokenizer, text_encoder, batch_size=batch_size).encode(prompts)
+    alone = PromptEncoder(tokenizer, text_encoder, batch_size=batch_size)
     assert torch.equal(torch.cat([alone.encode([prompt]) for prompt in prompts[::-1]]), together.flip(0))
     assert torch.equal(alone.encode(prompts), together)
 
 
-def test_every_batch_has_the_same_size(encoder: PromptEncoder, passes: list[int]) -> None:
-    """Passes with a hidden fragment have batches of their own, and all are filled up."""
-    encoder.encode([FIVE, (("a", 1.0),), (("b", 2.0),)])
+def test_every_batch_has_the_same_size(
+    tokenizer: CLIPTokenizer, text_encoder: CLIPTextModel, passes: list[int]
+) -> None:
+    """Texts with equally many hidden fragments have batches of their own, and all are filled up."""
+    prompts = [FIVE, (("a", 1.0),), (("b", 2.0),)]
+    in_eights = PromptEncoder(tokenizer, text_encoder, batch_size=8).encode(prompts)
     assert passes == [8, 8]
+    one_by_one = PromptEncoder(tokenizer, text_encoder).encode(prompts)
+    assert passes[2:] == [1] * 4  # the empty prompt too
+    torch.testing.assert_close(in_eights, one_by_one, atol=1e-5, rtol=0)
 
 
 def test_equal_prompts_are_encoded_once(encoder: PromptEncoder, passes: list[int]) -> None:
@@ -213,7 +223,7 @@ def test_equal_prompts_are_encoded_once(encoder: PromptEncoder, passes: list[int
 
 
 def test_other_weights_need_no_further_pass(encoder: PromptEncoder, passes: list[int]) -> None:
-    """What the text encoder gives depends on texts alone, as long as no other fragment falls below weight 1."""
+    """What the text encoder is asked depends on texts alone, as long as no other fragment falls below weight 1."""
     encoder.encode([(("a", 1.1), ("b", 1.0), ("c", 0.9))])
     done = len(passes)
     encoder.encode([(("a", 1.2), ("b", 1.01), ("c", 0.85))])
@@ -225,7 +235,7 @@ def test_other_weights_need_no_further_pass(encoder: PromptEncoder, passes: list
 def test_the_cache_forgets_what_was_not_used_for_longest(
     tokenizer: CLIPTokenizer, text_encoder: CLIPTextModel, passes: list[int]
 ) -> None:
-    """Three passes fit: the empty prompt, which every call needs, and two more."""
+    """Three texts fit: the empty prompt, which every call needs, and two more."""
     encoder = PromptEncoder(tokenizer, text_encoder, cache_prompts=3, batch_size=1)
     used = []
     for letter in "abacab":

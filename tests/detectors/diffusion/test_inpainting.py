@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from wsi_anomaly.detectors.diffusion.inpainting import Checkerboard, half_noise
-from wsi_anomaly.detectors.diffusion.noise import tile_noise
+from wsi_anomaly.detectors.diffusion.inpainting import Checkerboard, HalfNoise
+from wsi_anomaly.detectors.diffusion.noise import GaussianNoise, tile_noise
 from wsi_anomaly.detectors.diffusion.pixel import NetworkSizes, PixelDiffusion, ScheduleOptions, model_from_scratch
 from wsi_anomaly.detectors.diffusion.restoring import Network, Restorer
 from wsi_anomaly.detectors.diffusion.samplers import Ancestral, Ddim, DpmSolverPlusPlus, Plms, UniPc
@@ -26,6 +26,8 @@ PX, CELL_PX = 16, 4
 
 class Ideal:
     """A network that knows the tiles and so tells exactly the noise that is in their pixels."""
+
+    passes = 1
 
     def __init__(self, pixels: np.ndarray) -> None:
         self.schedule = NoiseSchedule.from_betas("linear", 1e-4, 0.02, steps=1000)
@@ -54,15 +56,10 @@ def tiny_network() -> PixelDiffusion:
     return PixelDiffusion(model_from_scratch(sizes, ScheduleOptions(), seed=0), CPU, precision="fp32")
 
 
-def normal_noise(seeds: np.ndarray, shape: tuple[int, ...], draw: int) -> np.ndarray:
-    """Of the tiles' seeds."""
-    return tile_noise(seeds, shape, draw=draw)
-
-
 def restored(network: Network, sampler: Any, batch: TileBatch, start: int = 674) -> torch.Tensor:
     """The tiles as they come back, in [0, 1]."""
     board = Checkerboard(network, CELL_PX)
-    restorer = Restorer(board, sampler, [start], make_noise=half_noise(normal_noise), device=CPU, portion=len(batch))
+    restorer = Restorer(board, sampler, [start], make_noise=HalfNoise(GaussianNoise()), device=CPU, portion=len(batch))
     return board.decode(restorer.restore(batch).after[0])
 
 
@@ -93,7 +90,7 @@ def test_the_known_half_is_at_each_step_what_the_noise_made_of_it(sampler: Any, 
     seen: list[tuple[int, torch.Tensor]] = []
 
     class Watched:
-        schedule = board.schedule
+        schedule, passes = board.schedule, board.passes
         encode, decode, condition = board.encode, board.decode, board.condition
 
         def noise(self, latents: torch.Tensor, t: int, condition: Any) -> torch.Tensor:
@@ -101,7 +98,7 @@ def test_the_known_half_is_at_each_step_what_the_noise_made_of_it(sampler: Any, 
             return board.noise(latents, t, condition)
 
     restorer = Restorer(
-        Watched(), sampler, [start], make_noise=half_noise(normal_noise), device=CPU, portion=len(batch)
+        Watched(), sampler, [start], make_noise=HalfNoise(GaussianNoise()), device=CPU, portion=len(batch)
     )
     restorer.restore(batch)
     clean = intensities(torch.from_numpy(batch.pixels)) * 2 - 1
@@ -144,10 +141,10 @@ def test_a_hidden_cell_begins_as_the_mean_of_the_known_ones(batch: TileBatch) ->
 def test_noise_goes_to_the_halves_only_and_to_each_its_own() -> None:
     """The tile that is compared with stays as it is."""
     seeds = np.arange(2, dtype=np.uint64)
-    noise = half_noise(normal_noise)(seeds, (9, PX, PX), 674)
+    noise = HalfNoise(GaussianNoise())(seeds, (9, PX, PX), 674)
     assert not noise[:, 6:].any()
     assert abs(np.corrcoef(noise[:, :3].ravel(), noise[:, 3:6].ravel())[0, 1]) < 0.1
-    assert np.array_equal(half_noise(normal_noise)(seeds[1:], (9, PX, PX), 674), noise[1:])
+    assert np.array_equal(HalfNoise(GaussianNoise())(seeds[1:], (9, PX, PX), 674), noise[1:])
 
 
 def test_cells_as_large_as_the_tile_are_refused() -> None:

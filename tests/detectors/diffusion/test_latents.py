@@ -14,6 +14,7 @@ from jaxtyping import Float32, Int64
 from wsi_anomaly.detectors.diffusion.backbone import Backbone
 from wsi_anomaly.detectors.diffusion.latents import LatentCache, latent_cache, posterior_moments
 from wsi_anomaly.detectors.diffusion.random_backbone import random_backbone
+from wsi_anomaly.detectors.protocol import Prompt
 from wsi_anomaly.testing import smooth_tiles
 
 SHAPE, TILES = (4, 8, 8), 20
@@ -42,11 +43,16 @@ class Encoder:
         return encode
 
 
+def prompts(positions: Int64[np.ndarray, " tile"]) -> tuple[Prompt, ...]:
+    """Of the tiles at these positions; every third is empty."""
+    return tuple((("x" * position, 1.0), ('é "b"', 1 / 3)) if position % 3 else () for position in positions.tolist())
+
+
 def check(cache: LatentCache, encoder: Encoder) -> list[int]:
     """Ask for tiles in some orders, compare, and tell which were encoded."""
     encoder.asked.clear()
     for order in ORDERS:
-        assert np.array_equal(cache.moments(order, encoder.of(order)), encoder.all[order])
+        assert np.array_equal(cache.moments(order, prompts(order), encoder.of(order)), encoder.all[order])
     return encoder.asked
 
 
@@ -72,6 +78,31 @@ def test_each_tile_is_encoded_once(tmp_path: Path) -> None:
     assert not list((tmp_path / "new" / "fit").iterdir())
 
 
+def test_prompts_are_kept_beside_the_latents(tmp_path: Path) -> None:
+    """Exactly; there are none to be had unless all of the tiles are known, also to a fit that goes on."""
+    with open_cache(tmp_path) as cache:
+        assert cache.prompts(np.array([3])) is None
+    leave_unfinished(tmp_path, Encoder())
+    with open_cache(tmp_path) as cache:
+        known = np.array([19, 0, 3, 7, 3])
+        assert cache.prompts(known) == prompts(known)
+        assert cache.prompts(np.array([3, 4])) is None
+
+
+def test_a_tile_whose_prompt_is_too_long_to_be_kept_is_never_known(tmp_path: Path) -> None:
+    """Its pixels are read and encoded each time."""
+    with open_cache(tmp_path) as cache:
+        for _ in range(2):
+            encoder = Encoder()
+            cache.moments(
+                np.array([1, 2]), (prompts(np.array([1]))[0], (("x" * 3000, 1.0),)), encoder.of(np.array([1, 2]))
+            )
+            assert 2 in encoder.asked
+        assert encoder.asked == [2]
+        assert cache.prompts(np.array([1])) is not None
+        assert cache.prompts(np.array([2])) is None
+
+
 def test_what_a_stopped_fit_kept_is_there_when_it_goes_on(tmp_path: Path) -> None:
     """Nothing is encoded again."""
     leave_unfinished(tmp_path, Encoder())
@@ -82,9 +113,9 @@ def test_what_a_stopped_fit_kept_is_there_when_it_goes_on(tmp_path: Path) -> Non
 def test_what_was_half_written_is_encoded_again(tmp_path: Path) -> None:
     """One tile is torn, the file's end is missing."""
     path = leave_unfinished(tmp_path, Encoder())
-    row_bytes = 4 + 2 * 4 * 8 * 8 * 4
+    row_bytes = 4 + 2048 + 2 * 4 * 8 * 8 * 4
     with path.open("r+b") as file:
-        file.seek(3 * row_bytes + 1000)
+        file.seek(3 * row_bytes + 3000)
         file.write(bytes(100))
         file.truncate(19 * row_bytes + 100)
     with open_cache(tmp_path) as cache:

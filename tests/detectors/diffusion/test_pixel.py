@@ -8,7 +8,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler
 
-from wsi_anomaly.detectors.diffusion.noise import tile_noise
+from wsi_anomaly.detectors.diffusion.noise import GaussianNoise, tile_noise
 from wsi_anomaly.detectors.diffusion.pixel import (
     NetworkSizes,
     PixelDiffusion,
@@ -131,7 +131,7 @@ def test_a_restored_tile_is_what_diffusers_own_loop_makes_of_it(start: int, step
         network,
         Ddim(steps=steps, snap=False),
         [start],
-        make_noise=lambda seeds, shape, draw: tile_noise(seeds, shape, draw=draw),
+        make_noise=GaussianNoise(),
         device=CPU,
         portion=8,
     )

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from wsi_anomaly.detectors.diffusion.noise import tile_noise
+from wsi_anomaly.detectors.diffusion.noise import GaussianNoise
 from wsi_anomaly.detectors.diffusion.restoring import Restorer
 from wsi_anomaly.detectors.diffusion.samplers import Ancestral, Ddim, DpmSolverPlusPlus, Plms, Sampler, UniPc
 from wsi_anomaly.detectors.diffusion.schedule import NoiseSchedule
@@ -22,6 +22,8 @@ SAMPLERS = [Plms(), Ddim(snap=False), UniPc(steps=13), DpmSolverPlusPlus(steps=2
 
 class Oracle:
     """A network on pixels that knows the clean images, and so the exact noise; `room` tiles fit into its memory."""
+
+    passes = 1
 
     def __init__(self, *, room: int = 99, fails: tuple[int, ...] = ()) -> None:
         self.schedule = SCHEDULE
@@ -63,14 +65,9 @@ class Shrinking(Oracle):
         return 0.9 * super().noise(latents, t, condition)
 
 
-def normal(seeds: np.ndarray, shape: tuple[int, ...], draw: int) -> np.ndarray:
-    """As the detectors draw it."""
-    return tile_noise(seeds, shape, draw=draw)
-
-
 def restorer(network: Any, sampler: Sampler, *starts: int, portion: int = 8) -> Restorer:
     """On the CPU."""
-    return Restorer(network, sampler, starts or (674,), make_noise=normal, device=CPU, portion=portion)
+    return Restorer(network, sampler, starts or (674,), make_noise=GaussianNoise(), device=CPU, portion=portion)
 
 
 def some_tiles(count: int = 11) -> TileBatch:

@@ -6,13 +6,15 @@ level of the walk as in Lugmayr et al., "RePaint" (CVPR 2022), without its jumps
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float32, UInt8, UInt64
 
-from wsi_anomaly.detectors.diffusion.restoring import Images, Network, NoiseMaker
+from wsi_anomaly.detectors.diffusion.noise import NoiseMaker
+from wsi_anomaly.detectors.diffusion.restoring import Images, Network
 from wsi_anomaly.detectors.protocol import Prompt
 from wsi_anomaly.errors import OptionsError
 
@@ -25,7 +27,7 @@ class Checkerboard:
     """A network that, told to restore a tile, rebuilds each half of it from the other.
 
     Two walks go side by side, as channels of one, and the tile goes with them: it is given no noise (see
-    `half_noise`) and a network that sees none in it, so that it comes to each timestep t as sqrt(a_t) tile. There, what
+    `HalfNoise`) and a network that sees none in it, so that it comes to each timestep t as sqrt(a_t) tile. There, what
     a walk z has more than it, over sqrt(1 - a_t), is the noise in a known cell. Told so, every sampler keeps what is
     known exactly at its own level, also one that remembers earlier steps. (`Ancestral` makes it a little noisier near
     the end: its variance is too large for what is certain.) In a hidden cell the network is asked.
@@ -38,6 +40,11 @@ class Checkerboard:
         self.schedule = network.schedule
         self._network = network
         self._cell_px = cell_px
+
+    @property
+    def passes(self) -> int:
+        """One for each half, as often as the network itself takes."""
+        return 2 * self._network.passes
 
     def encode(self, pixels: UInt8[torch.Tensor, "tile y x rgb"]) -> Board:
         """The halves, and the whole.
@@ -80,17 +87,26 @@ class Checkerboard:
         return (row[:, None] + column) % 2 == 0
 
 
-def half_noise(make_noise: NoiseMaker) -> NoiseMaker:
+@dataclass(frozen=True, slots=True)
+class HalfNoise:
     """Noise of its own for each half, and none for the tile that goes with them."""
 
-    def made(seeds: UInt64[np.ndarray, " tile"], shape: tuple[int, ...], draw: int) -> Float32[np.ndarray, "tile ..."]:
+    of_halves: NoiseMaker
+
+    @property
+    def variance(self) -> float:
+        """Of the noise of a half."""
+        return self.of_halves.variance
+
+    def __call__(
+        self, seeds: UInt64[np.ndarray, " tile"], shape: tuple[int, ...], draw: int
+    ) -> Float32[np.ndarray, "tile ..."]:
+        """Zeros in the last third of the channels."""
         channels, *size = shape
         noise = np.zeros((len(seeds), *shape), np.float32)
         noised = channels // 3 * 2
-        noise[:, :noised] = make_noise(seeds, (noised, *size), draw)
+        noise[:, :noised] = self.of_halves(seeds, (noised, *size), draw)
         return noise
-
-    return made
 
 
 def _hidden(tile: Half, *, known: Bool[torch.Tensor, "y x"]) -> Half:

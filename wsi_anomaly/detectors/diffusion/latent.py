@@ -33,6 +33,11 @@ class LatentDiffusion:
         self._prompts = PromptEncoder(backbone.tokenizer, cast(Any, backbone.text_encoder).to(device))
         self._guidance = guidance
 
+    @property
+    def passes(self) -> int:
+        """With guidance, the empty prompt is asked too."""
+        return 1 if self._guidance == 1 else 2
+
     def compile(self) -> None:
         """Compile the network at its first call. Inputs must keep their shape: another one compiles again."""
         self.unet = torch.compile(self.unet, fullgraph=True)

@@ -1,14 +1,17 @@
-"""What the VAE says of each tile, computed once in a fit and kept on disk. Draws no noise and knows no schedule.
+"""What a fit needs of each tile instead of its pixels, made once and kept on disk. Draws no noise, knows no schedule.
 
-The VAE gives a normal distribution of latents for each tile. Mean and deviation do not change while the UNet learns:
-with them, the latents of a step are mean + deviation * noise, exactly as if the tile had been encoded again.
+That is the tile's prompt, and what the VAE says of it: a normal distribution of latents. Mean and deviation do not
+change while the UNet learns: with them, the latents of a step are mean + deviation * noise, exactly as if the tile had
+been encoded again.
 """
 
 import hashlib
+import json
 import logging
 import shutil
+import threading
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
@@ -16,8 +19,9 @@ from typing import BinaryIO
 import numpy as np
 import torch
 from diffusers import AutoencoderKL
-from jaxtyping import Float, Float32, Int64, UInt8
+from jaxtyping import Bool, Float, Float32, Int64, UInt8
 
+from wsi_anomaly.detectors.protocol import Prompt
 from wsi_anomaly.devices import in_fixed_chunks
 
 Moments = Float32[np.ndarray, "tile moment latent y_latent x_latent"]
@@ -27,60 +31,80 @@ log = logging.getLogger(__name__)
 
 
 class LatentCache:
-    """The moments of the tiles of one fit, by their position in the source."""
+    """Moments and prompts of the tiles of one fit, by their position in the source. Two threads may ask at once."""
 
     def __init__(self, file: BinaryIO | None, shape: tuple[int, int, int]) -> None:
         """`shape` is (latent, y, x). Without a file nothing is kept."""
         self._file = file
         self._row = _row(shape)
+        self._lock = threading.Lock()
 
-    def moments(self, positions: Int64[np.ndarray, " tile"], encode: Callable[[np.ndarray], np.ndarray]) -> Moments:
+    def prompts(self, positions: Int64[np.ndarray, " tile"]) -> tuple[Prompt, ...] | None:
+        """The prompts of the tiles at these positions, if all of them are kept: then nobody needs to read the tiles."""
+        rows, known = self._rows(positions)
+        return tuple(_prompt(text) for text in rows["prompt"].tolist()) if known.all() else None
+
+    def moments(
+        self,
+        positions: Int64[np.ndarray, " tile"],
+        prompts: Sequence[Prompt],
+        encode: Callable[[np.ndarray], np.ndarray],
+    ) -> Moments:
         """The moments of the tiles at these positions.
 
         `encode` gets the places in `positions` of the tiles that are not known yet, and gives their moments. They must
-        not depend on which other tiles there are: see `posterior_moments`.
+        not depend on which other tiles there are: see `posterior_moments`. They are kept with the tiles' prompts.
         """
-        rows = np.zeros(len(positions), self._row)
-        known = np.zeros(len(positions), bool)
-        for place, position in enumerate(positions.tolist()):
-            known[place] = self._read(position, rows[place : place + 1])
+        rows, known = self._rows(positions)
         missing = np.flatnonzero(~known)
         if len(missing):
             rows["moments"][missing] = encode(missing)
             for place in missing.tolist():
-                self._write(int(positions[place]), rows[place : place + 1])
+                self._keep(int(positions[place]), prompts[place], rows[place : place + 1])
         return rows["moments"].astype(np.float32)
+
+    def _rows(self, positions: Int64[np.ndarray, " tile"]) -> tuple[np.ndarray, Bool[np.ndarray, " tile"]]:
+        """What is kept of these tiles, and of which of them that is."""
+        rows = np.zeros(len(positions), self._row)
+        known = [self._read(position, rows[place : place + 1]) for place, position in enumerate(positions.tolist())]
+        return rows, np.array(known, bool)
 
     def _read(self, position: int, row: np.ndarray) -> bool:
         """Fill the row; whether it is there and whole."""
-        if self._file is None:
-            return False
-        self._file.seek(position * self._row.itemsize)
-        content = self._file.read(self._row.itemsize)
+        with self._lock:
+            if self._file is None:
+                return False
+            self._file.seek(position * self._row.itemsize)
+            content = self._file.read(self._row.itemsize)
         if len(content) < self._row.itemsize:
             return False
         row[:] = np.frombuffer(content, self._row)
         return bool(row["checksum"][0] == _checksum(row))
 
-    def _write(self, position: int, row: np.ndarray) -> None:
-        """Keep the row: whatever interrupts this, a row that is not whole does not fit its checksum."""
-        if self._file is None:
-            return
+    def _keep(self, position: int, prompt: Prompt, row: np.ndarray) -> None:
+        """Write the row: whatever interrupts this, a row that is not whole does not fit its checksum."""
+        text = json.dumps(prompt).encode()
+        if len(text) > _PROMPT_BYTES:
+            return  # so the tile is read anew in each epoch
+        row["prompt"] = text
         row["checksum"] = _checksum(row)
-        try:
-            self._file.seek(position * self._row.itemsize)
-            self._file.write(row.tobytes())
-        except OSError as error:
-            log.warning("latents of tiles are no longer kept, which costs time in every epoch (%s)", error)
-            self._file = None
+        with self._lock:
+            if self._file is None:
+                return
+            try:
+                self._file.seek(position * self._row.itemsize)
+                self._file.write(row.tobytes())
+            except OSError as error:
+                log.warning("latents of tiles are no longer kept, which costs time in every epoch (%s)", error)
+                self._file = None
 
 
 @contextmanager
 def latent_cache(folder: Path, shape: tuple[int, int, int], *, tiles: int, identity: str) -> Iterator[LatentCache]:
     """The cache of a fit in `folder`, which is gone when the fit ends well, and waits for it if not.
 
-    `shape` is (latent, y, x), `tiles` how many there are. `identity` stands for them and for the VAE: what was kept
-    under another one is removed. Where there is no room, nothing is kept.
+    `shape` is (latent, y, x), `tiles` how many there are. `identity` stands for them, their prompts and the VAE: what
+    was kept under another one is removed. Where there is no room, nothing is kept.
     """
     folder.mkdir(parents=True, exist_ok=True)
     name = hashlib.sha256(f"{FORMAT_VERSION}|{identity}|{shape}|{tiles}".encode()).hexdigest()[:16]
@@ -129,14 +153,20 @@ def _has_room(folder: Path, needed: int) -> bool:
 
 
 def _row(shape: tuple[int, int, int]) -> np.dtype[np.void]:
-    return np.dtype([("checksum", "<u4"), ("moments", "<f4", (_MOMENTS, *shape))])
+    return np.dtype([("checksum", "<u4"), ("prompt", f"S{_PROMPT_BYTES}"), ("moments", "<f4", (_MOMENTS, *shape))])
 
 
 def _checksum(row: np.ndarray) -> int:
-    return zlib.crc32(row["moments"].tobytes())
+    return zlib.crc32(row["moments"].tobytes(), zlib.crc32(row["prompt"].tobytes()))
 
 
-FORMAT_VERSION = 1
+def _prompt(text: bytes) -> Prompt:
+    return tuple((words, float(weight)) for words, weight in json.loads(text))
+
+
+FORMAT_VERSION = 2
 _PREFIX = "latents-"
 _MOMENTS = 2
+_PROMPT_BYTES = 2048
+"""Room for a prompt of the longest text that CLIP reads, with weights and brackets: a sixteenth of the moments."""
 _MOST_OF_FREE = 0.9

@@ -39,7 +39,8 @@ class DiffusionTrainingOptions(Options):
     picture_every: PositiveInt = 5000
     """Steps between two pictures of the loss and of rebuilt tiles."""
     seed: int = Field(0, ge=0)
-    """Decides the order of the tiles, and the noise and timestep of each tile in each step."""
+    """Decides the order of the tiles, and the noise and timestep of each tile in each step. In a pipeline file, the
+    pipeline's own where it is not given."""
 
     def deciding(self) -> dict[str, Any]:
         """Those that change what is learnt, as JSON values."""
@@ -80,6 +81,8 @@ class DiffusionLearner:
     """The name of the file that `save` writes."""
     recipe: Mapping[str, Any]
     """All that decides the weights besides the tiles and the training options, as JSON values."""
+    read: Callable[[Positions], TileBatch] | None = None
+    """The tiles of a step as `loss` wants them, while the step before goes on in another thread; else all of them."""
 
 
 class TileOrder:

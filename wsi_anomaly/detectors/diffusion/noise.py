@@ -1,6 +1,8 @@
 """Noise of tiles: a function of each tile's seed alone, never of its batch or of a global state. Knows no schedule."""
 
+from dataclasses import dataclass
 from itertools import product
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float32, UInt8, UInt64
@@ -10,6 +12,52 @@ Seeds = UInt64[np.ndarray, " tile"]
 SIMPLEX_DEVIATION = 0.5
 """Of `simplex_noise` with its defaults, over many seeds. The signal-to-noise ratio of a schedule is that of noise of
 deviation 1: divide it by the square of this."""
+
+
+@runtime_checkable
+class NoiseMaker(Protocol):
+    """What is added to tiles at the start of a walk."""
+
+    @property
+    def variance(self) -> float:
+        """Of what is added; schedules count on 1."""
+
+    def __call__(self, seeds: Seeds, shape: tuple[int, ...], draw: int) -> Float32[np.ndarray, "tile ..."]:
+        """Noise of a shape for some seeds; `draw` tells independent draws of a tile apart."""
+
+
+@dataclass(frozen=True, slots=True)
+class GaussianNoise:
+    """Standard normal values, independent of each other."""
+
+    @property
+    def variance(self) -> float:
+        """As schedules have it."""
+        return 1.0
+
+    def __call__(self, seeds: Seeds, shape: tuple[int, ...], draw: int) -> Float32[np.ndarray, "tile ..."]:
+        """See `tile_noise`."""
+        return tile_noise(seeds, shape, draw=draw)
+
+
+@dataclass(frozen=True, slots=True)
+class SimplexNoise:
+    """The noise of a start is simplex noise; fresh noise on the way back, drawn beyond the schedule, is normal."""
+
+    timesteps: int
+    """How many the schedule has."""
+
+    @property
+    def variance(self) -> float:
+        """Of the noise of a start."""
+        return SIMPLEX_DEVIATION**2
+
+    def __call__(self, seeds: Seeds, shape: tuple[int, ...], draw: int) -> Float32[np.ndarray, "tile ..."]:
+        """See `simplex_noise`: a draw within the schedule is a timestep."""
+        if draw >= self.timesteps:
+            return tile_noise(seeds, shape, draw=draw)
+        channels, height, width = shape
+        return simplex_noise(seeds, (channels, height, width), t=draw)
 
 
 def tile_noise(seeds: Seeds, shape: tuple[int, ...], *, draw: int = 0) -> Float32[np.ndarray, "tile ..."]:

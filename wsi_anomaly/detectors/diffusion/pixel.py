@@ -132,6 +132,8 @@ def described_model(description: Mapping[str, Any], *, where: str, seed: int = 0
 class PixelDiffusion:
     """A network, put where it computes. Images are float32 whatever the network computes in."""
 
+    passes = 1
+
     def __init__(
         self, model: PixelModel, device: torch.device, *, precision: Precision, where: str = "scheduler_config.json"
     ) -> None:

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from jaxtyping import Float32, Shaped, UInt8, UInt64
 
+from wsi_anomaly.detectors.diffusion.noise import NoiseMaker
 from wsi_anomaly.detectors.diffusion.samplers import Denoiser, Sampler, denoise
 from wsi_anomaly.detectors.diffusion.schedule import NoiseSchedule
 from wsi_anomaly.detectors.diffusion.trajectory import Trajectory
@@ -22,8 +23,6 @@ from wsi_anomaly.errors import OptionsError
 
 Images = Float32[torch.Tensor, "tile rgb y x"]
 Latents = Float32[torch.Tensor, "tile channel y_latent x_latent"]
-NoiseMaker = Callable[[UInt64[np.ndarray, " tile"], tuple[int, ...], int], Float32[np.ndarray, "tile ..."]]
-"""Noise of a shape for some seeds; the last argument tells independent draws of a tile apart."""
 
 Result = TypeVar("Result")
 
@@ -35,6 +34,10 @@ class Network(Protocol):
     """A diffusion network in the space that it works in: latents, or the pixels themselves."""
 
     schedule: NoiseSchedule
+
+    @property
+    def passes(self) -> int:
+        """How often a tile goes through the network itself when `noise` is asked once."""
 
     def encode(self, pixels: UInt8[torch.Tensor, "tile y x rgb"]) -> Latents:
         """Clean latents of tiles, without anything random."""
@@ -80,6 +83,7 @@ class Restorer:
         self.trajectories = tuple(sampler.trajectory(network.schedule, start) for start in starts)
         self.device = device
         self.portion = portion
+        self.noise_variance = make_noise.variance
         self._sampler = sampler
         self._check = check
         self._make_noise = make_noise

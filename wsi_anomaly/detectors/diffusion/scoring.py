@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float32, UInt8
 
 from wsi_anomaly.detectors.diffusion.restoring import Images, Restored, Restorer
+from wsi_anomaly.detectors.perceptual import Lpips
 from wsi_anomaly.detectors.protocol import TileBatch
 from wsi_anomaly.detectors.residuals import ms_ssim, mse, squared_error_map
 from wsi_anomaly.devices import to_pixels, to_tensor
@@ -33,17 +34,22 @@ class DiffusionScorer:
 
     restorer: Restorer
     scores: tuple[ScoreName, ...]
-    lpips: PixelScore | None = None
+    lpips: Lpips | None = None
 
     @property
     def facts(self) -> Mapping[str, Any]:
-        """What the walks did: timesteps, their places on the sampler's grid, signal-to-noise ratios, network calls."""
-        walks = self.restorer.trajectories
+        """What the walks do, and the sha256 of LPIPS' weights where they decide a score.
+
+        Of each walk: timestep, its place on the sampler's grid, signal-to-noise ratio of what is added there, and how
+        often a tile goes through the network.
+        """
+        walks, passes = self.restorer.trajectories, self.restorer.network.passes
         return {
             "timesteps": [walk.start for walk in walks],
             "grid_index": [walk.index for walk in walks],
-            "snr": [walk.snr for walk in walks],
-            "network_calls": [walk.calls for walk in walks],
+            "snr": [walk.snr / self.restorer.noise_variance for walk in walks],
+            "network_calls": [walk.calls * passes for walk in walks],
+            **({"lpips_digest": self.lpips.digest} if self.lpips else {}),
         }
 
     def score(self, batch: TileBatch) -> Float32[np.ndarray, "tile score"]:

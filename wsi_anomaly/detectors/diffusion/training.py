@@ -82,7 +82,8 @@ class _Fit:
         shown = self.tiles.read(_evenly(len(self.tiles), _SHOWN_TILES))
         order = TileOrder(len(self.tiles), seed=options.seed)
         ahead = (order.positions(step, options.batch_size) for step in range(len(losses), options.steps))
-        with closing(read_ahead(lambda positions: (positions, self.tiles.read(positions)), ahead)) as batches:
+        read = self.learner.read or self.tiles.read
+        with closing(read_ahead(lambda positions: (positions, read(positions)), ahead)) as batches:
             for positions, batch in batches:
                 drawn = draws(len(losses), options.batch_size, timesteps=self.learner.timesteps, seed=options.seed)
                 losses.append(stepper.step(batch, positions, drawn))

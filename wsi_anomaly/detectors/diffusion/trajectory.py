@@ -19,7 +19,7 @@ class Trajectory:
     index: int
     """How many timesteps of the sampler's whole grid lie before the first of these."""
     snr: float
-    """Of the latents at `start`."""
+    """Of the latents at `start`, with noise of variance 1."""
 
     @property
     def calls(self) -> int:
