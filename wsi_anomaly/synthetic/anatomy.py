@@ -1,72 +1,61 @@
-"""What lies where on a slide: a coarse map of compartments of a lymph node. Knows no cells and no colours."""
+"""What lies where on a slide: a coarse map of the structures of a normal lymph node. Knows no disease, no cells."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from enum import IntEnum
 
 import numpy as np
-import shapely
 from jaxtyping import Bool, Float32, UInt8
-from scipy.ndimage import distance_transform_edt
+from scipy.ndimage import distance_transform_edt, gaussian_filter
 
-from wsi_anomaly.synthetic.anomalies import Anomaly, AnomalyKind, outline
-from wsi_anomaly.synthetic.noise import smooth_noise
-
-MAP_STEP_PX = 8
-"""Level-0 pixels for each pixel of the map."""
+from wsi_anomaly.synthetic.noise import PERIOD_PX, smooth_noise
+from wsi_anomaly.synthetic.structures import MAP_STEP_PX, Structure
 
 Mask = Bool[np.ndarray, "row column"]
-
-
-class Compartment(IntEnum):
-    """Kinds of places on a slide."""
-
-    GLASS = 0
-    FAT = 1
-    COLLAGEN = 2
-    SINUS = 3
-    PARACORTEX = 4
-    MANTLE = 5
-    GERMINAL_CENTRE = 6
-    MEDULLARY_CORD = 7
-    BLOOD = 8
-    TUMOUR_NEST = 9
-    TUMOUR_STROMA = 10
-    CLEFT = 11
-    NECROSIS = 12
-    NUCLEAR_DUST = 13
+StructureMap = UInt8[np.ndarray, "row column"]
+MapField = Float32[np.ndarray, "row column"]
 
 
 @dataclass(frozen=True, slots=True)
 class Anatomy:
-    """The compartments of one slide, a map pixel for each `MAP_STEP_PX` squared."""
+    """The structures of one slide, a map pixel for each `MAP_STEP_PX` squared."""
 
-    compartments: UInt8[np.ndarray, "row column"]
-    grain: Float32[np.ndarray, "row column"]
-    """Fibres run along the contours of this field."""
-    anomalies: tuple[Anomaly, ...]
+    structures: StructureMap
+    grain: MapField
+    """Fibres run along the contours of this field, about one for each unit."""
+    depth_px: MapField
+    """Level-0 pixels from the edge of the node, negative outside."""
+    scale: float
+    """A small slide gets a small node with smaller follicles, not the corner of a large one; cells keep their size."""
+    texture_px: tuple[int, int]
+    """Where (x, y) in the textures that all slides share this one begins."""
 
 
-def draw_anatomy(rng: np.random.Generator, size_px: tuple[int, int], kinds: Sequence[AnomalyKind]) -> Anatomy:
-    """A lymph node on glass. What is normal does not depend on `kinds`: the same node with and without an anomaly."""
-    normal, planted = rng.spawn(2)
+def draw_node(rng: np.random.Generator, size_px: tuple[int, int]) -> Anatomy:
+    """A lymph node on glass."""
     shape = (-(-size_px[1] // MAP_STEP_PX), -(-size_px[0] // MAP_STEP_PX))
-    # A small slide gets a small node with smaller follicles, not the corner of a large one; cells keep their size.
     scale = float(np.clip(min(size_px) / 4096, 0.3, 1))
-    node = _node(normal, shape)
+    node = _node(rng, shape)
     depth_px = _depth_px(node)
-    strands = smooth_noise(normal, shape, 9 * max(scale, 0.5))
-    compartments = _outside(normal, node, depth_px, scale)
-    _add_interior(normal, compartments, depth_px, strands, scale)
-    _add_follicles(normal, compartments, depth_px, scale)
-    _add_vessels(normal, compartments, depth_px)
-    capsule_px = depth_px + 6 * smooth_noise(normal, shape, 4.0)
-    _add_capsule(compartments, capsule_px, scale)
-    anomalies = _placed(planted, depth_px, kinds, 560 * scale)
-    for anomaly in anomalies:
-        _add_anomaly(planted, compartments, anomaly)
+    strands = smooth_noise(rng, shape, 9 * max(scale, 0.5))
+    capsule_px = depth_px + 6 * smooth_noise(rng, shape, 4.0)
     grain = np.where(depth_px < 90 * scale, depth_px / 12, 3 * strands).astype(np.float32)
-    return Anatomy(compartments, grain, anomalies)
+    structures = _outside(rng, node, depth_px, scale)
+    _add_interior(rng, structures, depth_px, strands, scale)
+    _add_follicles(rng, structures, depth_px, scale)
+    _add_vessels(rng, structures, grain, depth_px)
+    _add_capsule(structures, capsule_px, scale)
+    x, y = rng.integers(PERIOD_PX, size=2).tolist()
+    return Anatomy(structures, grain, depth_px, scale, (x, y))
+
+
+def distance_px(shape: tuple[int, ...], row: int, column: int) -> MapField:
+    """Level-0 pixels from a place of the map."""
+    y, x = np.ogrid[: shape[0], : shape[1]]
+    return np.asarray(np.hypot(y - row, x - column) * MAP_STEP_PX, np.float32)
+
+
+def along_contour(field: MapField, width: float) -> Mask:
+    """A winding band where noise is near zero."""
+    return np.asarray(np.abs(field) < width)
 
 
 def _node(rng: np.random.Generator, shape: tuple[int, int]) -> Mask:
@@ -81,47 +70,38 @@ def _node(rng: np.random.Generator, shape: tuple[int, int]) -> Mask:
     return np.asarray(roundness + 0.035 * smooth_noise(rng, shape, rows / 14) - dent > 0)
 
 
-def _depth_px(node: Mask) -> Float32[np.ndarray, "row column"]:
-    """Level-0 pixels from the edge of the node, negative outside."""
+def _depth_px(node: Mask) -> MapField:
     inside = distance_transform_edt(node)
     outside = distance_transform_edt(~node)
-    return ((inside - outside) * MAP_STEP_PX).astype(np.float32)
+    # Pixels of the map have corners, the capsule has none.
+    return np.asarray(gaussian_filter((inside - outside).astype(np.float32), 1.5) * MAP_STEP_PX, np.float32)
 
 
-def _outside(
-    rng: np.random.Generator, node: Mask, depth_px: Float32[np.ndarray, "row column"], scale: float
-) -> UInt8[np.ndarray, "row column"]:
+def _outside(rng: np.random.Generator, node: Mask, depth_px: MapField, scale: float) -> StructureMap:
     """Glass, with fat along part of the node."""
     width_px = scale * (130 + 150 * smooth_noise(rng, node.shape, 60 * scale))
     fat = ~node & (-depth_px < width_px)
-    return np.where(fat, np.uint8(Compartment.FAT), np.uint8(Compartment.GLASS))
+    return np.where(fat, np.uint8(Structure.FAT), np.uint8(Structure.GLASS))
 
 
 def _add_interior(
-    rng: np.random.Generator,
-    compartments: UInt8[np.ndarray, "row column"],
-    depth_px: Float32[np.ndarray, "row column"],
-    strands: Float32[np.ndarray, "row column"],
-    scale: float,
+    rng: np.random.Generator, structures: StructureMap, depth_px: MapField, strands: MapField, scale: float
 ) -> None:
-    """Paracortex, with medullary cords and sinuses deep inside and strands of collagen."""
-    shape = compartments.shape
-    compartments[depth_px > 0] = Compartment.PARACORTEX
+    """Paracortex, with medullary cords and sinuses deep inside and trabeculae with sinuses along them."""
+    shape = structures.shape
+    structures[depth_px > 0] = Structure.PARACORTEX
     medulla = depth_px + 150 * scale * smooth_noise(rng, shape, 40 * scale) > 0.62 * float(depth_px.max())
     sinuses = smooth_noise(rng, shape, 10.0)
-    compartments[medulla] = Compartment.MEDULLARY_CORD
-    compartments[medulla & _along_contour(sinuses, 0.3)] = Compartment.SINUS
-    compartments[(depth_px > 0) & (sinuses > 0) & _along_contour(strands, 0.035)] = Compartment.COLLAGEN
+    structures[medulla] = Structure.MEDULLARY_CORD
+    structures[medulla & along_contour(sinuses, 0.3)] = Structure.MEDULLARY_SINUS
+    reach = (depth_px > 0) & (sinuses > 0)
+    structures[reach & along_contour(strands, 0.14)] = Structure.TRABECULAR_SINUS
+    structures[reach & along_contour(strands, 0.06)] = Structure.TRABECULA
 
 
-def _add_follicles(
-    rng: np.random.Generator,
-    compartments: UInt8[np.ndarray, "row column"],
-    depth_px: Float32[np.ndarray, "row column"],
-    scale: float,
-) -> None:
-    """Germinal centres in their mantles, side by side under the capsule."""
-    ripple = smooth_noise(rng, compartments.shape, 6.0)
+def _add_follicles(rng: np.random.Generator, structures: StructureMap, depth_px: MapField, scale: float) -> None:
+    """Germinal centres in their mantles and some follicles without one, side by side under the capsule."""
+    ripple = smooth_noise(rng, structures.shape, 6.0)
     taken: list[tuple[int, int, float]] = []
     cortex = np.argwhere((depth_px > 200 * scale) & (depth_px < 520 * scale))
     for row, column in rng.permutation(cortex)[:400].tolist():
@@ -133,81 +113,37 @@ def _add_follicles(
         if crowded or depth_px[row, column] < mantle_px + 70 * scale:
             continue
         taken.append((row, column, mantle_px))
-        distance_px = _distance_px(compartments.shape, row, column) + 10 * ripple
-        compartments[distance_px < mantle_px] = Compartment.MANTLE
-        compartments[distance_px < radius_px] = Compartment.GERMINAL_CENTRE
+        away_px = distance_px(structures.shape, row, column) + 10 * ripple
+        if len(taken) % 4 == 0:
+            structures[away_px < radius_px] = Structure.PRIMARY_FOLLICLE
+            continue
+        structures[away_px < mantle_px] = Structure.MANTLE_ZONE
+        structures[away_px < radius_px] = Structure.GERMINAL_CENTRE
 
 
-def _add_vessels(
-    rng: np.random.Generator, compartments: UInt8[np.ndarray, "row column"], depth_px: Float32[np.ndarray, "row column"]
-) -> None:
-    """Small vessels: blood in a ring of collagen."""
-    loose = np.isin(compartments, [Compartment.PARACORTEX, Compartment.MEDULLARY_CORD])
+def _add_vessels(rng: np.random.Generator, structures: StructureMap, grain: MapField, depth_px: MapField) -> None:
+    """Small arteries and veins, blood in a wall, and venules whose wall is plump endothelium."""
+    loose = np.isin(structures, [Structure.PARACORTEX, Structure.MEDULLARY_CORD])
     places = np.argwhere(loose & (depth_px > 16 * MAP_STEP_PX))
-    for row, column in rng.permutation(places)[: len(places) // 1200].tolist():
-        lumen_px = rng.uniform(9, 26)
-        distance_px = _distance_px(compartments.shape, row, column)
-        compartments[distance_px < lumen_px + 16] = Compartment.COLLAGEN
-        compartments[distance_px < lumen_px] = Compartment.BLOOD
+    for number, (row, column) in enumerate(rng.permutation(places)[: len(places) // 900].tolist()):
+        lumen_px, stretch, tilt = 8 + rng.gamma(2, 7), rng.uniform(1, 2.6), rng.uniform(0, np.pi)
+        near = np.s_[max(row - 24, 0) : row + 25, max(column - 24, 0) : column + 25]
+        y, x = np.mgrid[near]
+        along = ((x - column) * np.cos(tilt) + (y - row) * np.sin(tilt)) / stretch
+        across = (y - row) * np.cos(tilt) - (x - column) * np.sin(tilt)
+        away_px = (np.hypot(along, across) * MAP_STEP_PX).astype(np.float32)
+        if number % 2:
+            structures[near][away_px < 0.5 * lumen_px + 18] = Structure.HIGH_ENDOTHELIAL_VENULE
+            structures[near][away_px < 0.5 * lumen_px] = Structure.BLOOD
+            continue
+        wall = away_px < (1 + rng.uniform(0.1, 0.5)) * lumen_px + 8
+        structures[near][wall] = Structure.VESSEL_WALL
+        structures[near][away_px < lumen_px] = Structure.BLOOD
+        grain[near][wall] = away_px[wall] / 9
 
 
-def _add_capsule(
-    compartments: UInt8[np.ndarray, "row column"], depth_px: Float32[np.ndarray, "row column"], scale: float
-) -> None:
+def _add_capsule(structures: StructureMap, depth_px: MapField, scale: float) -> None:
     """The capsule and the sinus under it."""
     thickness_px = 24 + 26 * scale
-    compartments[(depth_px > 0) & (depth_px < thickness_px + 34)] = Compartment.SINUS
-    compartments[(depth_px > 0) & (depth_px < thickness_px)] = Compartment.COLLAGEN
-
-
-def _placed(
-    rng: np.random.Generator,
-    depth_px: Float32[np.ndarray, "row column"],
-    kinds: Sequence[AnomalyKind],
-    radius_px: float,
-) -> tuple[Anomaly, ...]:
-    """Outlines within the node that do not touch; they shrink when there is too little room."""
-    room_px = depth_px.copy()
-    placed = []
-    for kind in kinds:
-        radius = min(radius_px * rng.uniform(0.92, 1.08), 0.8 * float(room_px.max()))
-        row, column = rng.choice(np.argwhere(room_px >= 1.2 * radius)).tolist()
-        centre = ((column + 0.5) * MAP_STEP_PX, (row + 0.5) * MAP_STEP_PX)
-        placed.append(Anomaly(kind, outline(rng, centre_level0_px=centre, radius_level0_px=radius)))
-        room_px = np.minimum(room_px, _distance_px(room_px.shape, row, column) - 1.2 * radius)
-    return tuple(placed)
-
-
-def _add_anomaly(rng: np.random.Generator, compartments: UInt8[np.ndarray, "row column"], anomaly: Anomaly) -> None:
-    inside = _filled(anomaly.outline_level0_px, compartments.shape)
-    if anomaly.kind == "necrosis":
-        dusty = smooth_noise(rng, compartments.shape, 9.0) > 0
-        compartments[inside] = Compartment.NECROSIS
-        compartments[inside & dusty] = Compartment.NUCLEAR_DUST
-        return
-    # Nests lie where the field is high and stroma where it is low; fixation has shrunk some nests off their stroma.
-    nests = smooth_noise(rng, compartments.shape, 6.0)
-    retracted = smooth_noise(rng, compartments.shape, 12.0) > 0
-    stroma, edge = -0.75, 0.2
-    compartments[inside] = Compartment.TUMOUR_NEST
-    compartments[inside & retracted & (nests < stroma + edge)] = Compartment.CLEFT
-    compartments[inside & (nests < stroma)] = Compartment.TUMOUR_STROMA
-
-
-def _along_contour(field: Float32[np.ndarray, "row column"], width: float) -> Mask:
-    """A winding band where noise is near zero."""
-    return np.asarray(np.abs(field) < width)
-
-
-def _filled(line_level0_px: shapely.Polygon, shape: tuple[int, int]) -> Mask:
-    """The map pixels whose centre lies within a line."""
-    rows, columns = np.indices(shape, dtype=np.float32)
-    shapely.prepare(line_level0_px)
-    inside = shapely.contains_xy(line_level0_px, (columns + 0.5) * MAP_STEP_PX, (rows + 0.5) * MAP_STEP_PX)
-    return np.asarray(inside, bool)
-
-
-def _distance_px(shape: tuple[int, int], row: int, column: int) -> Float32[np.ndarray, "row column"]:
-    """Level-0 pixels from a place of the map."""
-    y, x = np.ogrid[: shape[0], : shape[1]]
-    return np.asarray(np.hypot(y - row, x - column) * MAP_STEP_PX, np.float32)
+    structures[(depth_px > 0) & (depth_px < thickness_px + 34)] = Structure.SUBCAPSULAR_SINUS
+    structures[(depth_px > 0) & (depth_px < thickness_px)] = Structure.CAPSULE

@@ -1,17 +1,17 @@
 """Write one made-up slide or a folder of them with labels and outlines: what the demo and the tests start from."""
 
 import csv
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import cycle, islice
 from pathlib import Path
 
 import numpy as np
+from jaxtyping import UInt8
 
-from wsi_anomaly.synthetic.anatomy import draw_anatomy
 from wsi_anomaly.synthetic.anomalies import Anomaly, AnomalyKind, write_annotations
-from wsi_anomaly.synthetic.painting import painted_tiles
-from wsi_anomaly.synthetic.pyramid import write_pyramid_from_tiles
+from wsi_anomaly.synthetic.pyramid import TILE_PX, write_pyramid_from_tiles
+from wsi_anomaly.synthetic.slide import VirtualSlide, draw_region, draw_slide
 
 _SICK: tuple[tuple[AnomalyKind, ...], ...] = (("metastasis",), ("necrosis",), ("metastasis", "necrosis"))
 
@@ -42,12 +42,23 @@ def write_slide(
 
     The same seed gives the same bytes. Cells are drawn for 0.5 µm a pixel; `mpp` is only what the file says.
     """
-    tissue, paint = np.random.default_rng(seed).spawn(2)
-    crowding = tissue.uniform(0.94, 1.0)
-    anatomy = draw_anatomy(tissue, size_px, anomalies)
-    tiles = painted_tiles(paint, anatomy, size_px=size_px, crowding=crowding)
-    write_pyramid_from_tiles(path, tiles, size_px=size_px, mpp=mpp)
-    return anatomy.anomalies
+    slide = draw_slide(seed, size_px=size_px, anomalies=anomalies)
+    write_virtual_slide(path, slide, mpp=mpp)
+    return slide.anomalies
+
+
+def write_virtual_slide(path: Path, slide: VirtualSlide, *, mpp: float = 0.5) -> None:
+    """Write all pixels of a slide that so far was only decided on. `mpp` is only what the file says."""
+    write_pyramid_from_tiles(path, _tiles(slide), size_px=slide.size_px, mpp=mpp)
+
+
+def _tiles(slide: VirtualSlide) -> Iterator[UInt8[np.ndarray, "row column rgb"]]:
+    """The tiles of the pyramid's base, row by row, drawn a row at a time: what lies between tiles is drawn once."""
+    width, height = slide.size_px
+    for top in range(0, height, TILE_PX):
+        strip = draw_region(slide, (0, top), (width, min(TILE_PX, height - top)))
+        for left in range(0, width, TILE_PX):
+            yield strip[:, left : left + TILE_PX]
 
 
 def write_cohort(

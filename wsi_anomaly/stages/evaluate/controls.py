@@ -129,13 +129,13 @@ def _abnormal(one: Evidence, protocol: Protocol) -> Bool[np.ndarray, " tile"]:
     return np.isfinite(one.z_tile) & (one.share >= protocol.abnormal_from - _ROUNDING)
 
 
-def _z(chosen: Sequence[tuple[Evidence, Bool[np.ndarray, " tile"]]]) -> Float64[np.ndarray, " some"]:
+def _z(chosen: Sequence[tuple[Evidence, Bool[np.ndarray, " _"]]]) -> Float64[np.ndarray, " some"]:
     return np.concatenate([one.z_tile[tiles] for one, tiles in chosen] or [np.empty(0)])
 
 
 def _of_kind(
     kind: str,
-    chosen: Sequence[tuple[Evidence, Bool[np.ndarray, " tile"]]],
+    chosen: Sequence[tuple[Evidence, Bool[np.ndarray, " _"]]],
     abnormal: Float64[np.ndarray, " some"],
     protocol: Protocol,
 ) -> list[str]:
