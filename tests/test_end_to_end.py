@@ -63,7 +63,7 @@ def contents(folder: Path) -> dict[str, str]:
     return {
         path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in files
-        if path.name not in ("run.json", "slides.csv", "metrics.json") and path.parent.name != "evaluation"
+        if path.name not in ("run.json", "slides.csv", "metrics.json") and "evaluation" not in path.parts
     }
 
 

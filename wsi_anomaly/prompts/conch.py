@@ -19,7 +19,7 @@ from tokenizers import Tokenizer
 from torch.nn import functional
 
 from wsi_anomaly.checkpoints import fill, read_state_dict
-from wsi_anomaly.devices import CHUNK_TILES, in_fixed_chunks, resolve_device
+from wsi_anomaly.devices import CHUNK_TILES, in_fixed_chunks, intensities, resolve_device
 from wsi_anomaly.errors import ModelError, OptionsError
 from wsi_anomaly.hub import hub_folder
 from wsi_anomaly.options import Options, parse_options
@@ -156,7 +156,7 @@ class ConchEmbedder:
 
     def embed_texts(self, texts: Sequence[str]) -> Float32[np.ndarray, "text d"]:
         """Unit vectors of texts; of one longer than the context the beginning and an end token are read."""
-        tokens = self._tokens(texts)
+        tokens = self.tokens(texts)
         columns = _columns_needed(tokens)
         vectors = np.zeros((len(texts), self.sizes.embedding), np.float32)
         for count in np.unique(columns):
@@ -165,18 +165,18 @@ class ConchEmbedder:
             vectors[rows] = in_fixed_chunks(self._text_vectors, part, self.device, size=self._chunk)
         return vectors
 
-    @property
-    def _chunk(self) -> int:
-        return CHUNK_TILES if self.device.type == "cpu" else _CHUNK_CUDA
-
-    def _tokens(self, texts: Sequence[str]) -> Int64[np.ndarray, "text token"]:
+    def tokens(self, texts: Sequence[str]) -> Int64[np.ndarray, "text token"]:
+        """What the network reads of texts, padded to one length."""
         # One by one, since encode_batch starts threads that a later fork would complain about.
         rows = [self.tokenizer.encode(text).ids for text in texts]
         return np.array(rows, np.int64).reshape(len(texts), self.sizes.context - 1)
 
+    @property
+    def _chunk(self) -> int:
+        return CHUNK_TILES if self.device.type == "cpu" else _CHUNK_CUDA
+
     def _tile_vectors(self, pixels: UInt8[torch.Tensor, "tile y x rgb"]) -> Float32[torch.Tensor, "tile d"]:
-        mean, deviation = (torch.tensor(values, device=self.device) for values in (_MEAN, _DEVIATION))
-        images = ((pixels.float() / 255 - mean) / deviation).permute(0, 3, 1, 2)
+        images = normalised(intensities(pixels))
         with self._precision():
             vectors = self.network.encode_images(images)
         return functional.normalize(vectors.float(), dim=-1)
@@ -188,6 +188,12 @@ class ConchEmbedder:
     def _precision(self) -> torch.autocast:
         # float16 and not bfloat16: three more bits of a similarity, and every GPU of the last ten years has it.
         return torch.autocast("cuda", torch.float16, enabled=self.device.type == "cuda")
+
+
+def normalised(images: Float32[torch.Tensor, "tile rgb y x"]) -> Float32[torch.Tensor, "tile rgb y x"]:
+    """Intensities as the network wants them: about mean 0 and deviation 1 over photographs."""
+    mean, deviation = (torch.tensor(values, device=images.device).view(3, 1, 1) for values in (_MEAN, _DEVIATION))
+    return (images - mean) / deviation
 
 
 def _weights_in(folder: Path) -> Path:

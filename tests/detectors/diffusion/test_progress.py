@@ -67,7 +67,7 @@ def test_a_curve_can_be_drawn_of_whatever_losses_there_are(losses: list[float], 
 def test_tiles_are_drawn_pixel_by_pixel_above_what_became_of_them(count: int, tile_px: int, tmp_path: Path) -> None:
     """In their order, from left to right."""
     tiles = smooth_tiles(2 * count, tile_px, seed=0)
-    write_samples(tmp_path / "samples.png", tiles[:count], tiles[count:], caption="After step 1")
+    write_samples(tmp_path / "samples.png", tiles[:count], tiles[count:], caption="After step 1", label="as rebuilt")
     with Image.open(tmp_path / "samples.png") as picture:
         pixels = np.asarray(picture.convert("RGB"))
     windows = np.lib.stride_tricks.sliding_window_view(pixels, (tile_px, tile_px, 3))[:, :, 0]

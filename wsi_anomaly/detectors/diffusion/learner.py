@@ -83,6 +83,8 @@ class DiffusionLearner:
     """All that decides the weights besides the tiles and the training options, as JSON values."""
     read: Callable[[Positions], TileBatch] | None = None
     """The tiles of a step as `loss` wants them, while the step before goes on in another thread; else all of them."""
+    label: str = "as the model rebuilds them"
+    """Over what `rebuild` makes, in the pictures."""
 
 
 class TileOrder:

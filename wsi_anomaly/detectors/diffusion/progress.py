@@ -123,8 +123,8 @@ def write_loss_picture(path: Path, losses: Sequence[float], *, steps: int) -> No
     _save(figure, path)
 
 
-def write_samples(path: Path, tiles: Tiles, rebuilt: Tiles, *, caption: str) -> None:
-    """Draw the tiles, pixel by pixel, and below them what the model makes of them."""
+def write_samples(path: Path, tiles: Tiles, made: Tiles, *, caption: str, label: str) -> None:
+    """Draw the tiles, pixel by pixel, and below them, under `label`, what the model makes of them."""
     from matplotlib.figure import Figure
 
     count, height, width = tiles.shape[:3]
@@ -132,10 +132,10 @@ def write_samples(path: Path, tiles: Tiles, rebuilt: Tiles, *, caption: str) -> 
     full_height = _CAPTION_PX + 2 * (_LABEL_PX + height) + _GAP_PX
     figure = Figure((full_width / 100, full_height / 100), dpi=100, facecolor="white")
     _write(figure, caption, _GAP_PX, 10, size=12, weight="bold")
-    rows = (("normal tiles, as scanned", tiles), ("as the model rebuilds them", rebuilt))
-    for row, (label, pictures) in enumerate(rows):
+    rows = (("tiles that it learns from", tiles), (label, made))
+    for row, (heading, pictures) in enumerate(rows):
         top = _CAPTION_PX + row * (_LABEL_PX + height)
-        _write(figure, label, _GAP_PX, top + 5, size=10)
+        _write(figure, heading, _GAP_PX, top + 5, size=10)
         for column, picture in enumerate(pictures):
             left = _GAP_PX + column * (width + _GAP_PX)
             figure.figimage(picture, left, full_height - top - _LABEL_PX - height, origin="upper")

@@ -123,7 +123,7 @@ class _Fit:
             rebuilt = self.learner.rebuild(shown)
         write_loss_picture(self.folder / LOSS_PICTURE, losses, steps=self.options.steps)
         caption = f"After step {len(losses):,} of {self.options.steps:,}"
-        write_samples(self.folder / SAMPLES_PICTURE, shown.pixels, rebuilt, caption=caption)
+        write_samples(self.folder / SAMPLES_PICTURE, shown.pixels, rebuilt, caption=caption, label=self.learner.label)
 
     def _finish(self, stepper: Stepper, shown: TileBatch, losses: list[float]) -> None:
         """The history comes last: it says that all else is there."""
