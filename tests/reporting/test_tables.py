@@ -245,3 +245,13 @@ def test_a_row_of_another_length_is_refused() -> None:
     """A figure must not slide below the wrong head."""
     with pytest.raises(ValueError, match="row 'a': 1 cells for 2 columns"):
         table(row("a", 0.1))
+
+
+def test_an_interval_without_width_is_not_shown() -> None:
+    """It says nothing of how sure the value is, and would look as if it did."""
+
+    def shown(interval: tuple[float, float]) -> str:
+        return to_markdown(Table((("AUROC",),), (Row("a", (Cell(1.0, interval),)),), "Detection"), turned=False)
+
+    assert "(" not in shown((1.0, 1.0))
+    assert "(0.9" in shown((0.9, 1.0))

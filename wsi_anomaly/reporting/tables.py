@@ -162,8 +162,10 @@ def _figure(value: float | None) -> str:
 
 def _interval(cell: Cell) -> str:
     """Empty where there is none or where there is no value; as `_p_value`."""
-    known = cell.interval if _known(cell) else None
-    return f"({_figure(known[0])}\N{EN DASH}{_figure(known[1])})" if known else ""
+    if not _known(cell) or cell.interval is None or cell.interval[0] == cell.interval[1]:
+        return ""  # without width it says nothing of how sure the value is
+    low, high = map(_figure, cell.interval)
+    return f"({low}\N{EN DASH}{high})"
 
 
 def _p_value(cell: Cell) -> str:

@@ -58,6 +58,7 @@ class Protocol(Options):
             f"z is measured against {against}.",
             f"Slides: Z_MAX and Z_99 of eroded {self.slide_scores_of}.",
             f"Segmentation: {cells}; TNR of normal slides by {self.specificity_of}.",
+            "Lesions: joined as in Camelyon16, without isolated tumour cells; a detection is a peak of eroded z.",
             f"Intervals: {self.level:.0%}, DeLong for AUROC of slides, else {sampled}.",
         )
 
