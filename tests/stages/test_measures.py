@@ -123,6 +123,15 @@ def test_the_user_says_from_what_share_a_tile_is_abnormal_and_up_to_which_it_is_
     assert (tile_level(evidence, lenient)["abnormal_tiles"], tile_level(evidence, lenient)["tiles"]) == (24, 240)
 
 
+def test_the_normal_tissue_of_abnormal_slides_counts_unless_the_user_says_no() -> None:
+    """Only the two slides' tiles that touch no outline make the difference."""
+    evidence = cohort(2)
+    alone = tile_level(evidence, choose_protocol(negatives="normal-slides"))
+    of_normal_slides = sum(len(one.cells) for one in evidence if not one.label.abnormal)
+    assert alone["tiles"] == of_normal_slides + alone["abnormal_tiles"]
+    assert tile_level(evidence, choose_protocol("released", negatives="all")) == tile_level(evidence)
+
+
 def test_own_choices_change_a_protocol_and_are_named() -> None:
     """The rest stays as the protocol has it."""
     own = choose_protocol("released", abnormal_from=0.5, threshold_z=1.5)
@@ -349,7 +358,7 @@ def test_an_abnormal_slide_without_annotation_counts_for_slides_alone() -> None:
 def test_a_missing_class_is_named_and_the_rest_is_given(chosen: slice, missing: str) -> None:
     """No number is made up."""
     evidence = cohort()[chosen]
-    protocol = Protocol(normal_tissue_of_abnormal_slides=False)
+    protocol = Protocol(negatives="normal-slides")
     slides = slide_measures(evidence, scores_of(evidence, protocol))
     assert slides["slide_auroc_z_max"] is slides["slide_aupr_z_99"] is None
     assert tile_level(evidence, protocol)["tile_auroc"] is None

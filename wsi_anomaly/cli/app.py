@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from wsi_anomaly.cli import inspection, stage_commands, work
+from wsi_anomaly.cli import evaluation, inspection, stage_commands, work
 from wsi_anomaly.cli.console import stderr
 from wsi_anomaly.errors import WsiAnomalyError
 
@@ -23,7 +23,7 @@ app = typer.Typer(
 )
 
 _PANELS = {
-    "From slides to findings": (work.fit, work.run, work.evaluate, work.demo),
+    "From slides to findings": (work.fit, work.run, evaluation.evaluate, work.demo),
     "One stage alone": (
         stage_commands.mask,
         stage_commands.tile,

@@ -7,6 +7,7 @@ from pydantic_core import PydanticCustomError
 
 from wsi_anomaly.options import Options, parse_options
 
+Negatives = Literal["all", "normal-slides"]
 ProtocolName = Literal["default", "paper", "released"]
 
 
@@ -19,8 +20,8 @@ class Protocol(Options):
     """Share of a tile inside the annotation up to which it is normal."""
     abnormal_from: float = Field(1.0, gt=0, le=1)
     """Share from which it is abnormal; 1 is fully inside. What lies between is left out of the tile level."""
-    normal_tissue_of_abnormal_slides: bool = True
-    """Whether it counts as normal at the tile level, or only that of normal slides."""
+    negatives: Negatives = "all"
+    """Of the tile level: all normal tissue (the paper), or only that of normal slides (the released code)."""
     z_from: Literal["reference", "cohort"] = "reference"
     """Whether z is measured against the model's reference, or against all tiles of the slides under test."""
     slide_scores_of: Literal["z", "ranks"] = "z"
@@ -47,7 +48,7 @@ class Protocol(Options):
     def choices(self) -> tuple[str, ...]:
         """Each choice as a sentence for the notes of a table."""
         inside = "fully" if self.abnormal_from == 1 else f"to {self.abnormal_from:g} or more"
-        tissue = "with" if self.normal_tissue_of_abnormal_slides else "without"
+        tissue = "with" if self.negatives == "all" else "without"
         against = {"reference": "the model's reference", "cohort": "all tiles of the slides under test"}[self.z_from]
         limits = f"abnormal where {inside} inside the annotation, normal up to a share of {self.normal_up_to:g}"
         cells = f"eroded z above {self.threshold_z:g} against the tiles that the annotation touches"
@@ -66,9 +67,7 @@ class Protocol(Options):
 PROTOCOLS: dict[ProtocolName, Protocol] = {
     "default": Protocol(),
     "paper": Protocol(name="paper", z_from="cohort"),
-    "released": Protocol(
-        name="released", normal_tissue_of_abnormal_slides=False, slide_scores_of="ranks", specificity_of="ranks"
-    ),
+    "released": Protocol(name="released", negatives="normal-slides", slide_scores_of="ranks", specificity_of="ranks"),
 }
 
 
@@ -77,6 +76,7 @@ def choose_protocol(
     *,
     abnormal_from: float | None = None,
     normal_up_to: float | None = None,
+    negatives: Negatives | None = None,
     threshold_z: float | None = None,
 ) -> Protocol:
     """A protocol with some choices of the user's own; None leaves one as it is.
@@ -84,6 +84,11 @@ def choose_protocol(
     Raises:
         OptionsError: a choice makes no sense, or two contradict each other.
     """
-    own = {"abnormal_from": abnormal_from, "normal_up_to": normal_up_to, "threshold_z": threshold_z}
+    own = {
+        "abnormal_from": abnormal_from,
+        "normal_up_to": normal_up_to,
+        "negatives": negatives,
+        "threshold_z": threshold_z,
+    }
     changes = {key: value for key, value in own.items() if value is not None}
     return parse_options(Protocol, PROTOCOLS[name].model_dump() | changes, where=f"protocol '{name}'")

@@ -39,7 +39,7 @@ def certain_tiles(one: Evidence, protocol: Protocol) -> CertainTiles:
     if one.share is None:
         return CertainTiles(np.empty(0, np.float32), np.empty(0, np.bool_), one.label.abnormal)
     abnormal = one.share >= protocol.abnormal_from - _ROUNDING
-    counts_as_normal = protocol.normal_tissue_of_abnormal_slides or not one.label.abnormal
+    counts_as_normal = protocol.negatives == "all" or not one.label.abnormal
     chosen = np.isfinite(one.z_tile) & (abnormal | ((one.share <= protocol.normal_up_to) & counts_as_normal))
     return CertainTiles(one.z_tile[chosen].astype(np.float32), abnormal[chosen], one.label.abnormal)
 
