@@ -4,10 +4,11 @@ import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.utils import logging as diffusers_logging
 from jaxtyping import Float
 from transformers import CLIPTextModel, CLIPTokenizer
@@ -81,6 +82,22 @@ def digest(base: str, *, offline: bool) -> str:
         ModelError: as for `load_backbone`, of which only the loading is left out.
     """
     return base_files(base, offline=offline).digest()
+
+
+def write_backbone(backbone: Backbone, folder: Path) -> None:
+    """Write the parts as a complete folder of diffusers."""
+    pipeline = StableDiffusionPipeline(
+        vae=backbone.vae,
+        text_encoder=backbone.text_encoder,
+        tokenizer=backbone.tokenizer,
+        unet=backbone.unet,
+        scheduler=PNDMScheduler.from_config(dict(backbone.schedule_config)),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    with quiet_libraries():
+        pipeline.save_pretrained(folder)
 
 
 def encode(vae: AutoencoderKL, pixels: Images) -> Latents:

@@ -7,32 +7,20 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
-from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, PNDMScheduler, UNet2DConditionModel
 from tokenizers import Tokenizer, normalizers, pre_tokenizers
 from tokenizers.models import BPE
 from tokenizers.trainers import BpeTrainer
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from wsi_anomaly.detectors.diffusion.backbone import Backbone, quiet_libraries
+from wsi_anomaly.detectors.diffusion.backbone import Backbone, quiet_libraries, write_backbone
 
 Size = Literal["tiny", "sd15"]
 
 
 def write_random_backbone(folder: Path, *, size: Size, seed: int = 0, texts: Sequence[str] = ()) -> None:
     """Write a complete folder of diffusers; equal arguments, equal files."""
-    backbone = random_backbone(size, seed=seed, texts=texts)
-    pipeline = StableDiffusionPipeline(
-        vae=backbone.vae,
-        text_encoder=backbone.text_encoder,
-        tokenizer=backbone.tokenizer,
-        unet=backbone.unet,
-        scheduler=PNDMScheduler.from_config(dict(backbone.schedule_config)),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
-    with quiet_libraries():
-        pipeline.save_pretrained(folder)
+    write_backbone(random_backbone(size, seed=seed, texts=texts), folder)
 
 
 def random_backbone(size: Size, *, seed: int = 0, texts: Sequence[str] = ()) -> Backbone:
@@ -76,6 +64,8 @@ def _merges(texts: Sequence[str], letters: Sequence[str]) -> list[tuple[str, str
         vocab_size=_LARGEST_VOCABULARY,
         initial_alphabet=list(letters),
         end_of_word_suffix=_WORD_END,
+        # Words of one letter: left to itself, the trainer numbers them in another order each time.
+        special_tokens=[letter + _WORD_END for letter in letters],
         show_progress=False,
     )
     learner.train_from_iterator(texts, trainer)
