@@ -125,9 +125,14 @@ def _tell(truth: Matched, evidence: Mapping[str, Sequence[Evidence]]) -> None:
     if truth.unmatched:
         log.warning("these belong to no slide of the run: %s", ", ".join(truth.unmatched))
     if truth.missing:
-        log.warning("nobody said anything of these slides, they count as normal: %s", ", ".join(truth.missing))
+        log.warning("nobody said anything of these slides, they count as normal: %s", _shortened(truth.missing))
     if excluded := without_truth(evidence):
         log.warning("abnormal without annotation, so at the slide level only: %s", ", ".join(excluded))
+
+
+def _shortened(names: Sequence[str]) -> str:
+    """All of them stand in metrics.json."""
+    return ", ".join(names[:_MOST_NAMED]) + (f" and {len(names) - _MOST_NAMED:,} more" * (len(names) > _MOST_NAMED))
 
 
 def _as_json(evaluation: Evaluation, protocol: Protocol, truth: Matched) -> dict[str, Any]:
@@ -144,3 +149,6 @@ def _as_json(evaluation: Evaluation, protocol: Protocol, truth: Matched) -> dict
         "unmatched": list(truth.unmatched),
         "without_annotation_or_label": list(truth.missing),
     }
+
+
+_MOST_NAMED = 20
