@@ -1,6 +1,6 @@
 """Facts about image against reconstruction."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -13,15 +13,6 @@ from wsi_anomaly.errors import OptionsError
 
 Pair = Callable[[int], tuple[torch.Tensor, torch.Tensor]]
 EVERY_SIZE = pytest.mark.parametrize("tile_px", [64, 128, 256])
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Tiles this small are fastest on one."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture

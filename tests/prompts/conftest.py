@@ -1,4 +1,4 @@
-"""What tests of models from the hub share: a network that may not be asked, and the hub's copies on this machine."""
+"""What tests of models from the hub share: one thread, no network, and the hub's copies on this machine."""
 
 import shutil
 import socket
@@ -7,6 +7,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+
+from wsi_anomaly.torchvision_shim import make_importable
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Networks this small are fastest on one."""
+    make_importable()
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 import re
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,15 +31,6 @@ SMALL = ConchSizes(
 )
 LONG = "An H&E image of nécrosis, far longer than the context of this model"
 TEXTS = ["lymphocytes", "", LONG, "a <pad> b", "seventeen bytes 7", "fat"]
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Networks this small are fastest on one."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,7 @@ import json
 import os
 import pickle
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,6 @@ from safetensors.torch import load_file, save_file
 from wsi_anomaly.errors import ModelError, OptionsError
 from wsi_anomaly.prompts.openclip import OpenClip
 from wsi_anomaly.prompts.protocol import Embedder, ImageTextModel
-from wsi_anomaly.torchvision_shim import make_importable
 
 TEXTS = ["clear cell", "a very long phrase about lymphocytes and follicles " * 9, "", "Nodule?"]
 WEIGHTS = "open_clip_model.safetensors"
@@ -52,16 +51,6 @@ PREPROCESSING = {
 
 
 pytestmark = pytest.mark.usefixtures("no_network")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Networks this small are fastest on one."""
-    make_importable()
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

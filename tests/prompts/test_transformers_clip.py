@@ -3,7 +3,7 @@
 import json
 import pickle
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,6 @@ from safetensors.torch import load_file, save_file
 from wsi_anomaly.errors import ModelError
 from wsi_anomaly.prompts.openclip import OpenClip
 from wsi_anomaly.prompts.protocol import Embedder
-from wsi_anomaly.torchvision_shim import make_importable
 
 TEXTS = ["clear cell", "a very long phrase " * 9, "", "nodule"]
 WEIGHTS = "model.safetensors"
@@ -25,16 +24,6 @@ TOWER = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "nu
 
 
 pytestmark = pytest.mark.usefixtures("no_network")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Networks this small are fastest on one."""
-    make_importable()
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

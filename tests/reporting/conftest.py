@@ -62,6 +62,12 @@ def require_readable() -> Callable[..., None]:
 
 
 @pytest.fixture
+def pairs_that_meet() -> Callable[[Any, Any], int]:
+    """`overlaps`, for tests that know the extents themselves."""
+    return overlaps
+
+
+@pytest.fixture
 def long_name() -> str:
     """A name that is too long, with what may mean something to whoever sets it."""
     return f"$x_1^{{2$ & <b>naïve ß</b>\n滤泡\t\\alpha_1 100 % {'w' * 200}"

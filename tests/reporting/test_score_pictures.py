@@ -75,15 +75,6 @@ def boxes(page: Page, artists: Sequence[Any]) -> Any:
     return np.array([artist.get_window_extent(renderer).extents for artist in artists]).reshape(-1, 4)
 
 
-def overlaps(some: Any, others: Any) -> int:
-    """How many pairs run into each other; lines may share two pixels, where only descenders are."""
-    left, bottom, right, top = some.T[:, :, None]
-    other_left, other_bottom, other_right, other_top = others.T
-    across = np.minimum(right, other_right) - np.maximum(left, other_left)
-    along = np.minimum(top, other_top) - np.maximum(bottom, other_bottom)
-    return int(((across > 0) & (along > 2)).sum())
-
-
 def awkward_sheet(highest: int, median: int, *, make: Callable[..., ExplainedTile] = explained) -> Page:
     """With prompts that are empty, fitting and endless, and names that are too long for every place."""
     scores = {f"score_{i}-of$many": -1e-9 * i for i in range(14)}
@@ -111,7 +102,9 @@ def mixed_sheet() -> Page:
         mixed_sheet,
     ],
 )
-def test_no_text_leaves_the_page_or_meets_another_or_a_picture(draw: Callable[[], Page]) -> None:
+def test_no_text_leaves_the_page_or_meets_another_or_a_picture(
+    draw: Callable[[], Page], pairs_that_meet: Callable[[Any, Any], int]
+) -> None:
     """However long, many or strange prompts, names, scores and captions are."""
     page = draw()
     width_px, height_px = page.figure.get_size_inches() * page.figure.dpi
@@ -120,17 +113,17 @@ def test_no_text_leaves_the_page_or_meets_another_or_a_picture(draw: Callable[[]
     assert min(left.min(), bottom.min()) >= 16
     assert right.max() <= width_px - 16
     assert top.max() <= height_px - 16
-    assert overlaps(written, written) == len(written)
-    assert overlaps(written, boxes(page, page.axes.images)) == 0
+    assert pairs_that_meet(written, written) == len(written)
+    assert pairs_that_meet(written, boxes(page, page.axes.images)) == 0
 
 
-def test_pictures_lie_apart_on_the_page() -> None:
+def test_pictures_lie_apart_on_the_page(pairs_that_meet: Callable[[Any, Any], int]) -> None:
     """Also of groups of different size."""
     page = awkward_sheet(3, 1)
     drawn = boxes(page, page.axes.images)
     assert len(drawn) == 3 * 4 + 1
     assert drawn.min() >= 36
-    assert overlaps(drawn, drawn) == len(drawn)
+    assert pairs_that_meet(drawn, drawn) == len(drawn)
 
 
 def test_a_tile_its_reconstruction_and_its_residual_stand_side_by_side(tmp_path: Path) -> None:
