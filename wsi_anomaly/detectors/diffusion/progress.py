@@ -115,7 +115,7 @@ def write_loss_picture(path: Path, losses: Sequence[float], *, steps: int) -> No
     axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.set_xlabel("step")
     axes.set_ylabel("loss")
-    axes.set_title(f"Learning normal tissue: step {len(losses):,} of {steps:,}", loc="left", weight="bold")
+    axes.set_title(f"Learning: step {len(losses):,} of {steps:,}", loc="left", weight="bold")
     axes.grid(color="#e5e5e5")
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, loc="upper right")
