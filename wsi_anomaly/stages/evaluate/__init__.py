@@ -13,6 +13,7 @@ from wsi_anomaly.stages.evaluate.evidence import Evidence, gather, mapped_slides
 from wsi_anomaly.stages.evaluate.measures import Findings, Measure, measure
 from wsi_anomaly.stages.evaluate.outputs import write_outputs
 from wsi_anomaly.stages.evaluate.protocol import Protocol, ProtocolName, choose_protocol
+from wsi_anomaly.stages.evaluate.sanity import some_of
 from wsi_anomaly.stages.evaluate.slide_level import compare
 from wsi_anomaly.storage.arrays import read_attributes
 from wsi_anomaly.storage.layout import RunFolder
@@ -125,14 +126,9 @@ def _tell(truth: Matched, evidence: Mapping[str, Sequence[Evidence]]) -> None:
     if truth.unmatched:
         log.warning("these belong to no slide of the run: %s", ", ".join(truth.unmatched))
     if truth.missing:
-        log.warning("nobody said anything of these slides, they count as normal: %s", _shortened(truth.missing))
+        log.warning("nobody said anything of these slides, they count as normal: %s", some_of(truth.missing))
     if excluded := without_truth(evidence):
         log.warning("abnormal without annotation, so at the slide level only: %s", ", ".join(excluded))
-
-
-def _shortened(names: Sequence[str]) -> str:
-    """All of them stand in metrics.json."""
-    return ", ".join(names[:_MOST_NAMED]) + (f" and {len(names) - _MOST_NAMED:,} more" * (len(names) > _MOST_NAMED))
 
 
 def _as_json(evaluation: Evaluation, protocol: Protocol, truth: Matched) -> dict[str, Any]:
@@ -149,6 +145,3 @@ def _as_json(evaluation: Evaluation, protocol: Protocol, truth: Matched) -> dict
         "unmatched": list(truth.unmatched),
         "without_annotation_or_label": list(truth.missing),
     }
-
-
-_MOST_NAMED = 20

@@ -30,6 +30,12 @@ def sanity_warnings(
     )
 
 
+def some_of(slide_ids: Sequence[str]) -> str:
+    """The first few names, and how many more there are."""
+    more = len(slide_ids) - _NAMED
+    return ", ".join(slide_ids[:_NAMED]) + (f" and {more:,} more" if more > 0 else "")
+
+
 def _missing_classes(evidence: Sequence[Evidence], ranking: Ranking) -> Iterator[str]:
     slides = [one.label.abnormal for one in evidence]
     for name, there in (("abnormal", any(slides)), ("normal", not all(slides))):
@@ -42,12 +48,12 @@ def _missing_classes(evidence: Sequence[Evidence], ranking: Ranking) -> Iterator
 
 def _left_out(evidence: Sequence[Evidence]) -> Iterator[str]:
     if undrawn := [one.slide_id for one in evidence if one.share is None]:
-        yield f"abnormal without annotation, so at the slide level only: {_some(undrawn)}"
+        yield f"abnormal without annotation, so at the slide level only: {some_of(undrawn)}"
     if unscored := [one.slide_id for one in evidence if not np.isfinite(one.z_tile).any()]:
-        yield f"no tile has a score, so left out: {_some(unscored)}"
+        yield f"no tile has a score, so left out: {some_of(unscored)}"
     drawn = [(one.slide_id, one.share.any()) for one in evidence if one.share is not None and not one.label.abnormal]
     if contradicted := [slide_id for slide_id, abnormal in drawn if abnormal]:
-        yield f"labelled normal, but something abnormal is annotated: {_some(contradicted)}"
+        yield f"labelled normal, but something abnormal is annotated: {some_of(contradicted)}"
 
 
 def _untrustworthy(evidence: Sequence[Evidence], ranking: Ranking) -> Iterator[str]:
@@ -74,8 +80,3 @@ def _normal_tissue(tiles: Sequence[CertainTiles], protocol: Protocol) -> Iterato
             f"z of the normal tissue under test is spread {spread:.2g} times as widely as in the reference "
             f"(quartiles {lower:.1f} and {upper:.1f}): it differs from it"
         )
-
-
-def _some(slide_ids: Sequence[str]) -> str:
-    more = len(slide_ids) - _NAMED
-    return ", ".join(slide_ids[:_NAMED]) + (f" and {more} more" if more > 0 else "")
