@@ -5,6 +5,7 @@ import json
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,9 @@ from wsi_anomaly.errors import CohortError, OptionsError
 from wsi_anomaly.execution import Resources
 from wsi_anomaly.options import Options
 from wsi_anomaly.pipeline.preset import Pipeline, build_detector_here
-from wsi_anomaly.pipeline.prompting import build_prompter
+from wsi_anomaly.pipeline.prompting import build_prompter, informed
 from wsi_anomaly.plugins import DETECTORS, load_plugin
-from wsi_anomaly.prompts.building import JOINER, PREFIX, build_prompts
-from wsi_anomaly.prompts.matching import similarities
-from wsi_anomaly.stages.prompt import PromptOptions
-from wsi_anomaly.storage.prompts import fragments
+from wsi_anomaly.stages.prompt import Prompter, PromptOptions, describe_tiles
 
 TRAIN, REFERENCE = "pcam/train_normal", "pcam/val_normal"
 TESTS = {
@@ -89,15 +87,17 @@ def measured(entry: Entry, settings: Settings, folder: Path) -> dict[str, Any]:
     """Fit on normal tiles, then score all others: scores by name and folder, training steps, refusals by folder."""
     resources = Resources(device=settings.device, offline=True, base_weights=entry.base)
     pipeline = Pipeline(name=entry.name, seed=settings.seed, detector=seeded(entry.detector, settings.seed))
-    detector, describe_tiles = build_detector_here(pipeline, resources), describer(entry, resources)
+    prompter = build_prompter(entry.prompt, resources) if entry.prompt else None
+    detector = informed(build_detector_here(pipeline, resources), lambda: prompter)
+    describe = describer(entry, prompter)
     checkpoint = folder / "detector"
     shutil.rmtree(checkpoint, ignore_errors=True)  # time and memory are of the whole row, or they mean nothing
-    detector.fit(KnownTiles(described(TRAIN, settings, describe_tiles)), checkpoint, device=settings.device)
+    detector.fit(KnownTiles(described(TRAIN, settings, describe)), checkpoint, device=settings.device)
     scorer = detector.load(checkpoint, device=settings.device)
     scores: Scores = {name: {} for name in detector.score_names}
     refused = {}
     for place in folders():
-        tiles = KnownTiles(described(place, settings, describe_tiles))
+        tiles = KnownTiles(described(place, settings, describe))
         try:
             table = np.concatenate([scorer.score(tiles.read(part)) for part in in_batches(len(tiles))])
         except OptionsError as error:  # tiles of a size that the detector cannot take
@@ -125,39 +125,20 @@ def steps_of(checkpoint: Path, detector: Any) -> int | None:
     return len(history["loss"]) * -(-history["tiles"]["train"] // detector.training.batch_size)
 
 
-def describer(entry: Entry, resources: Resources) -> Describer:
-    """What finds the prompts of tiles: by the row's image-text model, else the row's text, else none."""
-    if entry.prompt is None:
+def describer(entry: Entry, prompter: Prompter | None) -> Describer:
+    """What finds the prompts of tiles: the row's text, else the row's image-text model, else nothing."""
+    if prompter is None or entry.text:
         text: Prompt = ((entry.text, 1.0),) if entry.text else ()
         return lambda pixels: ((text,) * len(pixels), None, None)
-    options, prompter = entry.prompt, build_prompter(entry.prompt, resources)
-    embedder, texts = prompter.load()
-
-    def describe_tiles(pixels: np.ndarray) -> tuple[tuple[Prompt, ...], np.ndarray, np.ndarray]:
-        parts = [embedder.embed_tiles(embedder.prepare(pixels[part])) for part in in_batches(len(pixels))]
-        embeddings = np.concatenate(parts)
-        similarity = similarities(embeddings, texts.vectors)
-        built = build_prompts(
-            similarity,
-            top_k=options.top_k,
-            weighting=options.weighting,
-            keyword_tokens=texts.tokens,
-            prefix_tokens=texts.prefix_tokens,
-            joiner_tokens=texts.joiner_tokens,
-        )
-        rows = zip(built.keywords.tolist(), built.weights.tolist(), strict=True)
-        prompts = tuple(fragments(prompter.keywords, *row, prefix=PREFIX, joiner=JOINER) for row in rows)
-        return prompts, embeddings, similarity
-
-    return describe_tiles
+    return partial(describe_tiles, prompter)
 
 
-def described(place: str, settings: Settings, describe_tiles: Describer) -> TileBatch:
+def described(place: str, settings: Settings, describe: Describer) -> TileBatch:
     """The tiles of a folder with their prompts, each with a seed made of its name."""
     pixels, names = read_tiles(settings.tiles, place)
     digests = [hashlib.blake2b(f"{settings.seed}|{place}/{name}".encode(), digest_size=8).digest() for name in names]
     seeds = np.array([int.from_bytes(digest, "little") for digest in digests], np.uint64)
-    return TileBatch(pixels, seeds, *describe_tiles(pixels))
+    return TileBatch(pixels, seeds, *describe(pixels))
 
 
 def read_tiles(tiles: Path, place: str) -> tuple[np.ndarray, list[str]]:

@@ -13,6 +13,7 @@ from PIL import Image
 from wsi_anomaly.errors import CohortError, OptionsError
 from wsi_anomaly.execution import Resources
 from wsi_anomaly.pipeline.preset import Pipeline, build_detector
+from wsi_anomaly.pipeline.prompting import build_prompter
 from wsi_anomaly.plugins import DETECTORS, installed
 from wsi_anomaly.testing import odd_tiles, smooth_tiles
 
@@ -126,8 +127,8 @@ def test_a_row_is_described_by_its_own_image_text_model(
         },
     )
     here = settings(write_folders())
-    describe_tiles = row.describer(entry, Resources(device="cpu", offline=True))
-    batch = row.described("pcam/test_tumor", here, describe_tiles)
+    describe = row.describer(entry, build_prompter(entry.prompt, Resources(device="cpu", offline=True)))
+    batch = row.described("pcam/test_tumor", here, describe)
     assert [len(prompt) for prompt in batch.prompts] == [10] * 6
     result = row.measured(entry, here, tmp_path / "out")
     assert result["steps"] == 1

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from wsi_anomaly.errors import CohortError
 from wsi_anomaly.prompts.building import PREFIX
@@ -18,7 +19,7 @@ from wsi_anomaly.prompts.conch import Conch  # noqa: E402
 from wsi_anomaly.prompts.conch_network import ConchSizes  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "training"))
-tiles, image_text = (importlib.import_module(name) for name in ("tiles", "image_text"))
+tiles, real_tiles, image_text = (importlib.import_module(name) for name in ("tiles", "real_tiles", "image_text"))
 
 TINY = ConchSizes(
     embedding=32,
@@ -59,7 +60,7 @@ def test_a_lost_shard_is_drawn_again_and_the_others_are_kept(drawn: Path) -> Non
 
 def test_a_prompt_is_true_of_its_tile_and_always_the_same(drawn: Path) -> None:
     """It is put together as the stage `prompt` does, of keywords of the list."""
-    source = tiles.MadeUpTiles(drawn)
+    source = tiles.LessonTiles(drawn)
     everything = np.arange(len(source))
     prompts = source.read(everything).prompts
     assert source.read(everything[::-1]).prompts == prompts[::-1]
@@ -76,12 +77,12 @@ def test_a_prompt_is_true_of_its_tile_and_always_the_same(drawn: Path) -> None:
 def test_a_folder_without_tiles_is_refused(tmp_path: Path) -> None:
     """The message names the command that draws some."""
     with pytest.raises(CohortError, match=r"training/tiles\.py --out"):
-        tiles.MadeUpTiles(tmp_path)
+        tiles.LessonTiles(tmp_path)
 
 
 def test_a_model_learns_which_keywords_are_true_and_loads_as_conch(drawn: Path, tmp_path: Path) -> None:
     """The loss falls, and a training that is run again changes nothing."""
-    source = tiles.MadeUpTiles(drawn)
+    source = tiles.LessonTiles(drawn)
     image_text.learn(source, tmp_path, OPTIONS, device="cpu", sizes=TINY)
     curve = [window["mean"] for window in json.loads((tmp_path / "training" / "history.json").read_text())["loss"]]
     assert np.mean(curve[-5:]) < 0.7 * np.mean(curve[:2])
@@ -91,6 +92,40 @@ def test_a_model_learns_which_keywords_are_true_and_loads_as_conch(drawn: Path, 
     before = (tmp_path / "model.safetensors").read_bytes()
     image_text.learn(source, tmp_path, OPTIONS, device="cpu", sizes=TINY)
     assert (tmp_path / "model.safetensors").read_bytes() == before
+
+
+def test_real_tiles_teach_only_that_they_show_no_disease(drawn: Path, tmp_path: Path) -> None:
+    """A finished model goes on with them: they move away from keywords of disease; of normal ones nothing is asked."""
+    source, first = tiles.LessonTiles(drawn), tmp_path / "first"
+    image_text.learn(source, first, OPTIONS, device="cpu", sizes=TINY)
+    folder = tmp_path / "real"
+    (tmp_path / "patches").mkdir()
+    for number, pixels in enumerate(source.read(np.arange(6)).pixels):
+        Image.fromarray(pixels[:32, :32]).save(tmp_path / "patches" / f"{number}.png")
+    assert real_tiles.write_real_tiles(folder, patches=tmp_path / "patches") == 6
+    real = tiles.LessonTiles(folder)
+    assert real.shares == [None] * 6
+    assert real.read(np.array([0])).prompts == (((PREFIX, 1.0),),)
+    assert real.read(np.arange(6)).pixels.shape == (6, 256, 256, 3)
+    image_text.learn(real, tmp_path / "second", OPTIONS, start=first, device="cpu")
+    known = load_keywords("lymph_node")
+
+    def nearness_to_disease(model: Path) -> float:
+        embedder = Conch(weights=str(model)).load(device="cpu", offline=True)
+        seen = embedder.embed_tiles(embedder.prepare(real.read(np.arange(6)).pixels))
+        return float((seen @ embedder.embed_texts([keyword.text for keyword in known.abnormal]).T).mean())
+
+    assert nearness_to_disease(tmp_path / "second") < nearness_to_disease(first) - 0.02
+    normal, abnormal = ([keyword.text for keyword in side] for side in (known.normal, known.abnormal))
+    truth = image_text.truth_of(real, normal, abnormal)
+    assert np.isnan(truth[:, : len(normal)]).all()
+    assert not truth[:, len(normal) :].any()
+
+
+def test_a_folder_without_real_pictures_is_refused(tmp_path: Path) -> None:
+    """By name."""
+    with pytest.raises(CohortError, match="holds no pictures"):
+        real_tiles.write_real_tiles(tmp_path / "out", regions=tmp_path)
 
 
 def test_what_the_model_sees_of_a_tile_varies_in_stain_and_place_and_repeats_with_the_seed() -> None:

@@ -1,6 +1,6 @@
 """Teach a small Stable Diffusion from nothing: first its VAE, then UNet and text encoder. Draws no tiles.
 
-    python training/diffusion.py vae --tiles FOLDER --out FOLDER [--steps 6000] [--batch-size 16] [...]
+    python training/diffusion.py vae --tiles FOLDER --out FOLDER [--start FOLDER] [--steps 6000] [--batch-size 16] [...]
     python training/diffusion.py base --tiles FOLDER --vae FOLDER --out FOLDER [--steps 12000] [--half] [...]
 
 Both: [--seed 0] [--device auto] [--size small|tiny]. Each tile is learnt under its own prompt, one in ten under none.
@@ -33,7 +33,7 @@ from wsi_anomaly.torchvision_shim import make_importable
 make_importable()
 
 from diffusers import AutoencoderKL, UNet2DConditionModel  # noqa: E402
-from tiles import MadeUpTiles  # noqa: E402
+from tiles import LessonTiles  # noqa: E402
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer  # noqa: E402
 
 from wsi_anomaly.detectors.diffusion.backbone import Backbone, quiet_libraries, write_backbone  # noqa: E402
@@ -70,9 +70,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     logging.getLogger("wsi_anomaly").setLevel(logging.INFO)
     try:
-        tiles, options = MadeUpTiles(given.tiles), _options(given)
+        tiles, options = LessonTiles(given.tiles), _options(given)
         if given.part == "vae":
-            learn_vae(tiles, given.out, options, size=given.size, device=given.device)
+            learn_vae(tiles, given.out, options, size=given.size, start=given.start, device=given.device)
         else:
             learn_base(tiles, given.vae, given.out, options, size=given.size, device=given.device)
             publish(given.out / "training" / "model", given.out, half=given.half)
@@ -227,7 +227,8 @@ def _options(given: argparse.Namespace) -> DiffusionTrainingOptions:
     table = {
         "steps": given.steps,
         "batch_size": given.batch_size,
-        "learning_rate": 5e-4,
+        "learning_rate": 1e-3,
+        "learning_rate_decay": "cosine",
         "ema_decay": 0.999,
         "precision": "fp32",
         "save_every": 200,
@@ -248,6 +249,7 @@ def _parser() -> argparse.ArgumentParser:
             part.add_argument(flag, type=int, default=default)
         part.add_argument("--device", default="auto")
         part.add_argument("--size", choices=_SIZES, default="small")
+    parts.choices["vae"].add_argument("--start", type=Path, help="go on from this finished VAE")
     part.add_argument("--vae", type=Path, required=True)
     part.add_argument("--half", action="store_true")
     return parser

@@ -1,6 +1,7 @@
 """Teach a small image-text model of CONCH's class which keywords are true of a tile. Draws no tiles.
 
-    python training/image_text.py --tiles FOLDER --out FOLDER [--steps 4000] [--seed 0] [--device auto]
+    python training/image_text.py --tiles FOLDER --out FOLDER [--start FOLDER] [--steps 4000] [--learning-rate 1e-3]
+                                  [--decay cosine|none] [--batch-size 48] [--seed 0] [--device auto]
 
 Every keyword of the list is asked of every tile, in one of the templates at a time, and the answer is known, since the
 tiles were made: the sigmoid loss of Zhai et al., "Sigmoid Loss for Language Image Pre-Training" (ICCV 2023), with more
@@ -20,8 +21,8 @@ import numpy as np
 import torch
 from jaxtyping import Float, Float32, Int64, UInt8
 from rich.console import Console
-from safetensors.torch import save_file
-from tiles import MadeUpTiles
+from safetensors.torch import load_file, save_file
+from tiles import LessonTiles
 from torch.nn import functional
 
 from wsi_anomaly.torchvision_shim import make_importable
@@ -68,7 +69,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tiles", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--start", type=Path, help="go on from this finished model, say with other tiles")
     parser.add_argument("--steps", type=int, default=4000)
+    parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument("--decay", choices=("cosine", "none"), default="cosine")
     parser.add_argument("--batch-size", type=int, default=48)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="auto")
@@ -77,7 +81,8 @@ def main() -> None:
     options = DiffusionTrainingOptions(
         steps=arguments.steps,
         batch_size=arguments.batch_size,
-        learning_rate=1e-3,
+        learning_rate=arguments.learning_rate,
+        learning_rate_decay=arguments.decay,
         weight_decay=0.05,
         ema_decay=0.995,
         precision="fp32",
@@ -86,23 +91,32 @@ def main() -> None:
         seed=arguments.seed,
     )
     try:
-        learn(MadeUpTiles(arguments.tiles), arguments.out, options, device=arguments.device)
+        learn(LessonTiles(arguments.tiles), arguments.out, options, start=arguments.start, device=arguments.device)
     except WsiAnomalyError as error:
         raise SystemExit(f"error: {error}") from error
     Console().print(f"The model is in {arguments.out}", highlight=False)
 
 
 def learn(
-    tiles: MadeUpTiles, out: Path, options: DiffusionTrainingOptions, *, device: str, sizes: ConchSizes = SIZES
+    tiles: LessonTiles,
+    out: Path,
+    options: DiffusionTrainingOptions,
+    *,
+    start: Path | None = None,
+    device: str,
+    sizes: ConchSizes = SIZES,
 ) -> None:
-    """Teach a model of these sizes, and write it as `Conch` reads it."""
+    """Teach a model of these sizes, or one that has learnt before, and write it as `Conch` reads it.
+
+    Raises:
+        ModelError: there is no model at `start`, or it is damaged.
+    """
     keywords = load_keywords(KEYWORDS)
-    texts = [keyword.text for keyword in (*keywords.normal, *keywords.abnormal)]
-    start = out / "training" / "start"
-    spoken = [template.format(text) for template in load_templates() for text in texts]
-    write_random_conch(start, sizes, seed=options.seed, texts=spoken)
-    embedder = Conch(weights=str(start)).load(device=device, offline=True)
-    lesson = _Lesson(embedder, _truth(tiles, texts), _tokens(embedder, texts), resolve_device(device))
+    normal, abnormal = ([known.text for known in side] for side in (keywords.normal, keywords.abnormal))
+    texts = [*normal, *abnormal]
+    model = Conch(weights=str(start or _beginning(out / "training" / "start", sizes, texts, seed=options.seed)))
+    embedder = model.load(device=device, offline=True)
+    lesson = _Lesson(embedder, truth_of(tiles, normal, abnormal), _tokens(embedder, texts), resolve_device(device))
     learner = DiffusionLearner(
         network=lesson.network,
         timesteps=1,
@@ -111,11 +125,11 @@ def learn(
         save=partial(_save, lesson.network),
         weights=WEIGHTS,
         label="as the model may see them",
-        recipe={"sizes": sizes.model_dump(mode="json"), "keywords": KEYWORDS},
+        recipe={"start": model.digest(offline=True), "keywords": KEYWORDS},
     )
     train_steps(learner, tiles, options, folder=out / "training", device=device)
     for name in ("tokenizer.json", "config.json"):
-        (out / name).write_bytes((start / name).read_bytes())
+        (out / name).write_bytes((Path(model.weights) / name).read_bytes())
     (out / WEIGHTS).write_bytes((out / "training" / WEIGHTS).read_bytes())
 
 
@@ -145,7 +159,6 @@ class _Lesson:
         device: torch.device,
     ) -> None:
         network = embedder.network.train()
-        _prepare(network, embedder.sizes)
         self.network = _Taught(network).to(device)
         self._truth, self._tokens = torch.from_numpy(truth), torch.from_numpy(tokens)
         self._image_px, self._device = embedder.sizes.image_px, device
@@ -159,8 +172,9 @@ class _Lesson:
         template = torch.randint(len(self._tokens), (self._tokens.shape[1],), generator=generator)
         tokens = self._tokens[template, torch.arange(len(template))]
         logits = self.network(images, tokens.to(self._device))
-        truth = self._truth[positions].to(self._device)
-        weights = 1 + (TRUE_WEIGHT - 1) * truth
+        answers = self._truth[positions].to(self._device)
+        truth = answers.nan_to_num()
+        weights = (1 + (TRUE_WEIGHT - 1) * truth) * answers.isfinite()
         return functional.binary_cross_entropy_with_logits(logits, truth, weights, reduction="none").sum(dim=1)
 
     def seen(self, batch: TileBatch) -> UInt8[np.ndarray, "tile y x rgb"]:
@@ -207,19 +221,31 @@ def varied(images: Images, size_px: int, generator: torch.Generator) -> Images:
     return blurred + 0.02 * normal(1, 1, 1) * torch.randn(blurred.shape, generator=generator)
 
 
-def _prepare(network: ConchNetwork, sizes: ConchSizes) -> None:
-    """Places as sines and cosines, so that neighbours are alike from the start; and the scale of the loss."""
+def _beginning(folder: Path, sizes: ConchSizes, texts: Sequence[str], *, seed: int) -> Path:
+    """A model that knows the words of all texts and nothing else.
+
+    Its places are sines and cosines, so that neighbours are alike from the start; and its scale is that of the loss.
+    """
+    spoken = [template.format(text) for template in load_templates() for text in texts]
+    write_random_conch(folder, sizes, seed=seed, texts=spoken)
+    weights = load_file(folder / WEIGHTS)
     places = get_2d_sincos_pos_embed(sizes.image_width, sizes.image_px // sizes.patch_px, output_type="pt")
-    with torch.no_grad():
-        network.visual.trunk.pos_embed[0, 1:] = 0.2 * places
-        network.logit_scale.fill_(FIRST_SCALE)
+    weights["visual.trunk.pos_embed"][0, 1:] = 0.2 * places
+    weights["logit_scale"].fill_(FIRST_SCALE)
+    save_file(weights, folder / WEIGHTS)
+    return folder
 
 
-def _truth(tiles: MadeUpTiles, texts: Sequence[str]) -> Float32[np.ndarray, "tile text"]:
+def truth_of(tiles: LessonTiles, normal: Sequence[str], abnormal: Sequence[str]) -> Float32[np.ndarray, "tile text"]:
+    """1 where a text is true of a tile, 0 where not, nan where nobody knows: of real tiles only that no disease is."""
+    texts = [*normal, *abnormal]
     columns = {text: column for column, text in enumerate(texts)}
     truth = np.zeros((len(tiles), len(texts)), np.float32)
     for row, shares in enumerate(tiles.shares):
-        truth[row, [columns[text] for text in keywords_of(shares)]] = 1
+        if shares is None:
+            truth[row, : len(normal)] = np.nan
+        else:
+            truth[row, [columns[text] for text in keywords_of(shares)]] = 1
     return truth
 
 

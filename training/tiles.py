@@ -45,7 +45,7 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=2)
     arguments = parser.parse_args()
     write_tiles(arguments.out, number=arguments.tiles, seed=arguments.seed, processes=arguments.processes)
-    Console().print(f"{len(MadeUpTiles(arguments.out)):,} tiles lie in {arguments.out}", highlight=False)
+    Console().print(f"{len(LessonTiles(arguments.out)):,} tiles lie in {arguments.out}", highlight=False)
 
 
 def write_tiles(
@@ -60,27 +60,30 @@ def write_tiles(
     """Draw at least so many tiles into `folder`, whole shards of them, unless they are there."""
     folder.mkdir(parents=True, exist_ok=True)
     shards = range(-(-number // shard_tiles))
-    missing = [shard for shard in shards if not _truth_file(folder, shard).is_file()]
+    missing = [shard for shard in shards if not shard_file(folder, "tiles", shard).is_file()]
     with ProcessPoolExecutor(processes) as pool:
         drawn = pool.map(_write_shard, repeat(folder), missing, repeat(seed), repeat(tile_px), repeat(shard_tiles))
         for _ in track(drawn, f"Drawing {len(missing)} shards", total=len(missing), console=Console(stderr=True)):
             pass
 
 
-class MadeUpTiles:
-    """The tiles of a folder, as a detector's `TileSource`: each under a prompt of keywords that are true of it."""
+class LessonTiles:
+    """The tiles of a folder, as a detector's `TileSource`: each under a prompt of keywords that are true of it.
+
+    Made-up tiles, and the real ones of `real_tiles.py`: of these nothing is known, so their prompt names no keyword.
+    """
 
     def __init__(self, folder: Path) -> None:
         """Raises CohortError where no tiles lie."""
-        shards = sorted(folder.glob("tiles-*.json"))
+        shards = sorted(path for kind in ("tiles", "real") for path in folder.glob(f"{kind}-*.json"))
         if not shards:
             raise CohortError(f"{folder}: there are no tiles. Draw some: python training/tiles.py --out {folder}")
         self._pixels = [np.load(path.with_suffix(".npy"), mmap_mode="r") for path in shards]
         self._ends = np.cumsum([len(pixels) for pixels in self._pixels])
-        self.shares: Sequence[Mapping[str, float]] = [
+        self.shares: Sequence[Mapping[str, float] | None] = [
             tile for path in shards for tile in json.loads(path.read_text(encoding="utf-8"))
         ]
-        """Of each tile, what share of it each structure takes."""
+        """Of each made-up tile, what share of it each structure takes."""
 
     def __len__(self) -> int:
         """How many tiles there are."""
@@ -103,7 +106,7 @@ class MadeUpTiles:
     def _prompt(self, index: int) -> Prompt:
         """Some true keywords, always the same of one tile, put as the stage `prompt` puts them."""
         rng = np.random.default_rng(index)
-        keywords = keywords_of(self.shares[index])
+        keywords = keywords_of(self.shares[index] or {})
         chosen = rng.permutation(len(keywords))[: rng.integers(1, MOST_KEYWORDS + 1)]
         return ((f"{PREFIX} {f' {JOINER} '.join(keywords[i] for i in sorted(chosen))}".strip(), 1.0),)
 
@@ -112,7 +115,7 @@ def _write_shard(folder: Path, shard: int, seed: int, tile_px: int, shard_tiles:
     """The truth comes last: it says that the pixels are there."""
     tiles = list(synthetic_tiles(_shard_seed(seed, shard), shard_tiles, tile_px=tile_px, kinds=KINDS))
     pixels, truth = np.stack([tile for tile, _ in tiles]), [dict(known.shares) for _, known in tiles]
-    path = _truth_file(folder, shard)
+    path = shard_file(folder, "tiles", shard)
     write_whole(path.with_suffix(".npy"), lambda file: np.save(file, pixels))
     write_whole(path, lambda file: file.write(json.dumps(truth).encode()))
 
@@ -121,8 +124,9 @@ def _shard_seed(seed: int, shard: int) -> int:
     return int(np.random.SeedSequence((seed, shard)).generate_state(1)[0])
 
 
-def _truth_file(folder: Path, shard: int) -> Path:
-    return folder / f"tiles-{shard:05d}.json"
+def shard_file(folder: Path, kind: str, shard: int) -> Path:
+    """What is known of a shard's tiles; pixels lie beside it. The last to be written."""
+    return folder / f"{kind}-{shard:05d}.json"
 
 
 if __name__ == "__main__":

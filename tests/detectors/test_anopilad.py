@@ -11,6 +11,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
+from jaxtyping import Float32, UInt8
 from safetensors.torch import load_file, save_file
 
 from wsi_anomaly.detectors.protocol import Based, Scorer, TileBatch
@@ -162,6 +163,35 @@ def test_the_weights_of_lpips_belong_to_the_model(tiny_base: Path, lpips_weights
         elsewhere.load(tmp_path / "model", device="cpu")
 
 
+class Colours:
+    """Sees of a tile its mean colour, and takes red for abnormal."""
+
+    def embed(self, pixels: UInt8[np.ndarray, "tile y x rgb"]) -> Float32[np.ndarray, "tile d"]:
+        """Unit vectors."""
+        means = np.array([tile.mean(axis=(0, 1)) for tile in pixels])
+        return np.asarray(means / np.linalg.norm(means, axis=1, keepdims=True), np.float32)
+
+    def abnormality(self, embeddings: Float32[np.ndarray, "tile d"]) -> Float32[np.ndarray, " tile"]:
+        """The share of red."""
+        return embeddings[:, 0]
+
+
+def test_tile_and_reconstruction_are_compared_as_the_image_text_model_sees_them(
+    checkpoint: Path, tiny_base: Path
+) -> None:
+    """By the angle between the two, and by how much nearer the tile is to what is abnormal; in any batch the same."""
+    detecting = detector(tiny_base, scores=["embedding", "keyword_shift"]).perceiving(Colours)
+    scorer = detecting.load(checkpoint, device="cpu")
+    batch = batch_of(smooth_tiles(5, 64, seed=3))
+    before, after = (Colours().embed(pixels) for pixels in (batch.pixels, scorer.reconstruct(batch)))
+    scores = scorer.score(batch)
+    np.testing.assert_allclose(scores[:, 0], 1 - (before * after).sum(axis=1), atol=1e-6)
+    np.testing.assert_allclose(scores[:, 1], before[:, 0] - after[:, 0], atol=1e-6)
+    assert scores[:, 0].min() > 0
+    alone = batch_of(batch.pixels[3:4], seeds=batch.seeds[3:4])
+    assert np.array_equal(scorer.score(alone), scores[3:4])
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -172,6 +202,7 @@ def test_the_weights_of_lpips_belong_to_the_model(tiny_base: Path, lpips_weights
         ({"guidance": 0.5}, "guidance"),
         ({"scores": ["lpips"]}, "VGG16"),
         ({"scores": ["msee"]}, "scores"),
+        ({"scores": ["keyword_shift"]}, r"Add a table \[prompt\]"),
     ],
 )
 def test_options_that_make_no_sense_are_named(

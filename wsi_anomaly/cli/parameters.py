@@ -21,6 +21,15 @@ Slides = Annotated[
 Results = Annotated[Path, typer.Argument(metavar="RESULTS", help="The folder that 'run' or 'tile' wrote.")]
 Out = Annotated[Path, typer.Option("--out", "-o", help="The folder to write to; what is finished there is kept.")]
 ModelPath = Annotated[Path, typer.Option("--model", "-m", help="A model folder that 'fit' made.", show_default=False)]
+AnyModel = Annotated[
+    Path | None,
+    typer.Option(
+        "--model",
+        "-m",
+        help="A model folder that 'fit' made. Without: the small lymph-node model that comes with the package.",
+        show_default=False,
+    ),
+]
 PipelineName = Annotated[
     str, typer.Option("--pipeline", "-p", help="A preset of 'wsi-anomaly pipelines', or the path of a pipeline file.")
 ]

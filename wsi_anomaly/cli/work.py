@@ -10,6 +10,11 @@ from wsi_anomaly.cli.console import session, stdout
 from wsi_anomaly.cli.tables import print_metrics, print_slides
 from wsi_anomaly.execution import Resources
 
+_DEFAULT_IN_USE = (
+    "No --model given: using lymph-node-small, which comes with the package to try the tool on lymph nodes. "
+    "For work of your own, teach one: wsi-anomaly fit NORMAL_SLIDES"
+)
+
 
 def fit(
     slides: p.Slides,
@@ -52,7 +57,7 @@ def fit(
 
 def run(
     slides: p.Slides,
-    model: p.ModelPath,
+    model: p.AnyModel = None,
     out: p.Out = Path("results"),
     mpp: p.Mpp = None,
     z_from: Annotated[
@@ -80,10 +85,13 @@ def run(
     """
     from wsi_anomaly.cohort import read_cohort
     from wsi_anomaly.pipeline import pipeline_of, run
+    from wsi_anomaly.shipped import model_place
     from wsi_anomaly.storage.model import read_model
 
     cohort = read_cohort(slides, mpp=mpp)
-    fitted = read_model(model)
+    fitted = read_model(model_place(model))
+    if model is None and not quiet:
+        stdout.print(_DEFAULT_IN_USE, markup=False, soft_wrap=True)
     pipeline = pipeline_of(fitted).keeping(maps=keep_maps, reconstructions=keep_reconstructions)
     resources = Resources(
         device=device,
@@ -108,7 +116,10 @@ def demo(
     quiet: p.Quiet = False,
     log_file: p.LogFile = None,
 ) -> None:
-    """See all of it at once: make slides, fit, run, evaluate. No data, no GPU, under 3 minutes."""
+    """See all of it at once: make three slides, run the model that comes with the package, evaluate.
+
+    Prompts, reconstructions and heat maps lie in OUT/results/slides. No data, no GPU, a few minutes.
+    """
     from wsi_anomaly.pipeline.demonstration import demonstrate
 
     resources = Resources(device=device, workers=workers)
@@ -123,6 +134,8 @@ def _say_where_to_look(found: Any) -> None:  # noqa: ANN401 - its module is heav
     folder = found.most_abnormal
     for line in (
         f"The most abnormal slide is {folder.slide_id}. Look at its heat map: {folder.heatmap_picture}",
+        f"what its tiles were described as: {folder.prompt_picture}",
+        f"and what was rebuilt of them under these prompts: {folder.score_picture}",
         f"In QuPath, open {found.slide}",
         f"and drag onto it what was found, {folder.regions}",
         f"and what was planted, {found.truth}",

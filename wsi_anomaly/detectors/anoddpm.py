@@ -28,7 +28,7 @@ from wsi_anomaly.detectors.diffusion.pixel import (
 from wsi_anomaly.detectors.diffusion.pixel_base import load_pixel_base
 from wsi_anomaly.detectors.diffusion.restoring import Restorer
 from wsi_anomaly.detectors.diffusion.samplers import Ddim, SamplerOptions
-from wsi_anomaly.detectors.diffusion.scoring import DiffusionScorer, ScoreName, names_of
+from wsi_anomaly.detectors.diffusion.scoring import SEEN, DiffusionScorer, ScoreName, names_of
 from wsi_anomaly.detectors.diffusion.training import train_steps
 from wsi_anomaly.detectors.perceptual import Lpips, load_lpips, note_lpips, require_noted
 from wsi_anomaly.detectors.protocol import TileBatch, TileSource
@@ -91,6 +91,8 @@ class AnoDdpm(Options):
     def _of_pixels(cls, value: tuple[ScoreName, ...]) -> tuple[ScoreName, ...]:
         if "mse_latent" in value:
             raise ValueError("there are no latents: this network works on pixels. Use mse_pixel")
+        if set(SEEN) & set(value):
+            raise ValueError("this network knows no keywords. Use mse_pixel, ms_ssim or lpips")
         return value
 
     @field_validator("restoration")

@@ -4,6 +4,7 @@ Kim et al., "AnoPILaD" (MICCAI 2025): Stable Diffusion, taught normal tissue by 
 takes the noise away under the prompt of the five keywords nearest to the tile.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,10 +24,10 @@ from wsi_anomaly.detectors.diffusion.lora import LORA_WEIGHTS, LoraOptions, add_
 from wsi_anomaly.detectors.diffusion.noise import GaussianNoise, tile_noise
 from wsi_anomaly.detectors.diffusion.restoring import Restorer
 from wsi_anomaly.detectors.diffusion.samplers import Plms, SamplerOptions
-from wsi_anomaly.detectors.diffusion.scoring import DiffusionScorer, ScoreName, names_of
+from wsi_anomaly.detectors.diffusion.scoring import SEEN, DiffusionScorer, ScoreName, names_of
 from wsi_anomaly.detectors.diffusion.training import train_steps
 from wsi_anomaly.detectors.perceptual import Lpips, load_lpips, note_lpips, require_noted
-from wsi_anomaly.detectors.protocol import Prompt, TileBatch, TileSource
+from wsi_anomaly.detectors.protocol import Perception, Prompt, TileBatch, TileSource
 from wsi_anomaly.detectors.residuals import mse
 from wsi_anomaly.detectors.training import fit_identity
 from wsi_anomaly.detectors.weights import read_digest, write_digest
@@ -53,7 +54,8 @@ class AnoPilad(Options):
     """Latent diffusion under each tile's own keywords: what it cannot rebuild as normal is abnormal."""
 
     base: str = Field(DEFAULT_BASE, min_length=1)
-    """A Stable Diffusion 1.x or 2.x: a folder as diffusers saves it, or a repository of the hub."""
+    """A Stable Diffusion 1.x or 2.x: a folder as diffusers saves it, a repository of the hub, or what comes with the
+    package ("shipped:lymph-node-small/base")."""
     timesteps: tuple[int, ...] = Field((674,), min_length=1)
     """How much noise is added; one walk for each, and one column of scores."""
     sampler: SamplerOptions = Plms()
@@ -69,6 +71,7 @@ class AnoPilad(Options):
     lora: LoraOptions = LoraOptions()
     training: AnoPiladTraining = AnoPiladTraining()
     _offline: bool = PrivateAttr(default=False)
+    _perceive: Callable[[], Perception] | None = PrivateAttr(default=None)
 
     @property
     def score_names(self) -> tuple[str, ...]:
@@ -80,6 +83,12 @@ class AnoPilad(Options):
         moved = self.model_copy(update={"base": place or self.base})
         moved._offline = offline  # noqa: SLF001 - a copy of its own class
         return moved
+
+    def perceiving(self, load: Callable[[], Perception]) -> "AnoPilad":
+        """The same detector with the image-text model that the scores `embedding` and `keyword_shift` are made with."""
+        told = self.model_copy()
+        told._perceive = load  # noqa: SLF001 - a copy of its own class
+        return told
 
     def fit(self, tiles: TileSource, checkpoint: Path, *, device: str) -> None:
         """Teach the base normal tissue, each tile under its own prompt, and leave the adapter in `checkpoint`.
@@ -153,7 +162,17 @@ class AnoPilad(Options):
             portion=portion,
             check=_require_prompts,
         )
-        return DiffusionScorer(restorer, self.scores, lpips)
+        return DiffusionScorer(restorer, self.scores, lpips, self._perception())
+
+    def _perception(self) -> Perception | None:
+        if not set(self.scores) & set(SEEN):
+            return None
+        if self._perceive is None:
+            raise OptionsError(
+                f"the scores {' and '.join(SEEN)} of 'anopilad' compare tiles as the image-text model sees them, and "
+                "there is none. Add a table [prompt] to the pipeline file."
+            )
+        return self._perceive()
 
     def _require_starts(self, network: LatentDiffusion) -> None:
         for start in self.timesteps:

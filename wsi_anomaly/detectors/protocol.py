@@ -1,6 +1,6 @@
 """What a detector is. A plug-in fulfils these protocols; `wsi_anomaly.testing.DetectorContract` checks that it does."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -24,6 +24,8 @@ class TileBatch:
     """One a tile; empty where the pipeline has no prompt stage."""
     embeddings: Float32[np.ndarray, "tile d"] | None = None
     keyword_scores: Float32[np.ndarray, "tile keyword"] | None = None
+    categories: Int64[np.ndarray, "tile variable"] | None = None
+    """What the cohort says of each tile's slide, numbered from 0 the same way in every run of a model; -1 is unknown."""
 
     def __len__(self) -> int:
         return len(self.pixels)
@@ -86,6 +88,25 @@ class Based(Protocol):
 
 
 @runtime_checkable
+class Perception(Protocol):
+    """How the image-text model of the prompts sees tiles."""
+
+    def embed(self, pixels: UInt8[np.ndarray, "tile y x rgb"]) -> Float32[np.ndarray, "tile d"]:
+        """Unit vectors. A tile's does not depend on the tiles it comes with."""
+
+    def abnormality(self, embeddings: Float32[np.ndarray, "tile d"]) -> Float32[np.ndarray, " tile"]:
+        """How near each is to the keywords of abnormal tissue: the mean cosine of the nearest of them."""
+
+
+@runtime_checkable
+class Perceiving(Protocol):
+    """A detector that can compare tiles as the image-text model sees them."""
+
+    def perceiving(self, load: Callable[[], Perception]) -> "Detector":
+        """The same detector with the way to that model, which is loaded when the detector is."""
+
+
+@runtime_checkable
 class Accountable(Protocol):
     """A scorer that tells how it scores, for the record."""
 
@@ -108,3 +129,11 @@ class Localizer(Protocol):
 
     def score_map(self, batch: TileBatch) -> Float32[np.ndarray, "tile y x"]:
         """The anomaly of each pixel; its mean over a tile is the detector's first score where that is an error."""
+
+
+@runtime_checkable
+class Categorical(Protocol):
+    """A detector that asks which keyword of a category a tile shows most."""
+
+    def on_categories(self, categories: Mapping[str, tuple[int, ...]]) -> Detector:
+        """The same detector with the columns of `TileBatch.keyword_scores` that belong to each category."""

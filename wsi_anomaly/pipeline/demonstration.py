@@ -1,15 +1,17 @@
-"""`demo`: make slides, learn from the normal ones, find what was planted in the others."""
+"""`demo`: make three slides, and let the model that comes with the package find what was planted in two of them."""
 
 from dataclasses import dataclass
 from pathlib import Path
 
 from wsi_anomaly.cohort import read_cohort
 from wsi_anomaly.execution import Listener, Resources
-from wsi_anomaly.pipeline.fitting import fit
-from wsi_anomaly.pipeline.preset import load_pipeline
-from wsi_anomaly.pipeline.running import RunSummary, run
+from wsi_anomaly.pipeline.describing import explain_prompts
+from wsi_anomaly.pipeline.explaining import explain_scores
+from wsi_anomaly.pipeline.running import RunSummary, fitted_detector, pipeline_of, run
+from wsi_anomaly.shipped import model_place
 from wsi_anomaly.stages.evaluate import Evaluation, evaluate
 from wsi_anomaly.storage.layout import SlideFolder
+from wsi_anomaly.storage.model import read_model
 from wsi_anomaly.synthetic import write_cohort
 
 
@@ -26,13 +28,17 @@ class Demonstration:
 
 def demonstrate(out: Path, *, resources: Resources, listener: Listener) -> Demonstration:
     """The whole way on made-up slides, in the folder `out`. A second call does only what is missing."""
-    slides = write_cohort(out / "slides", seed=0)
-    pipeline = load_pipeline("demo")
-    normal = read_cohort([slides.normal_slides[0].parent])
-    model, _ = fit(normal, pipeline, out / "model", resources=resources, listener=listener)
+    slides = write_cohort(out / "slides", seed=0, normal_slides=0, normal_test_slides=1, abnormal_test_slides=2)
+    model = read_model(model_place(None))
     tested = read_cohort([slides.test_slides[0].parent])
     summary = run(tested, model, out / "results", resources=resources, listener=listener)
     evaluation = evaluate([summary.folder], labels=slides.labels, annotations=slides.annotations)
+    pipeline = pipeline_of(model)
+    detector = fitted_detector(model, pipeline, resources)
+    for row in summary.rows:
+        slide = summary.folder.slide(row.slide_id)
+        explain_prompts(slide)
+        explain_scores(slide, detector, model.reference, pipeline)
     most = max((row for row in summary.rows if row.z_max is not None), key=lambda row: row.z_max or 0.0).slide_id
     paths = {path.stem: path for path in slides.test_slides}
     return Demonstration(

@@ -14,7 +14,7 @@ from wsi_anomaly.pipeline.keyword_frequency import frequency_of_training, write_
 from wsi_anomaly.pipeline.ledger import Ledger
 from wsi_anomaly.pipeline.preparing import prepare_all, process_count
 from wsi_anomaly.pipeline.preset import Pipeline, build_detector_here, write_pipeline
-from wsi_anomaly.pipeline.prompting import build_prompter, prompt
+from wsi_anomaly.pipeline.prompting import build_prompter, informed, prompt
 from wsi_anomaly.pipeline.running import score
 from wsi_anomaly.stages.calibrate import Selection, calibrate
 from wsi_anomaly.stages.fit import Split, fit_detector, fit_recipe, split_tissue
@@ -59,7 +59,7 @@ def fit(
         if not _is_there(model, recipe):
             if prompter:
                 write_keyword_frequency(shop, prompter.vocabulary, {"train": frequency_of_training(split)})
-            detector = _fit(shop, split, learning, pipeline, resources)
+            detector = _fit(shop, split, learning, pipeline, prompter=prompter, resources=resources)
             reference = _reference(split, detector, pipeline, resources)
             with writable(out):
                 contents = _Contents(pipeline, split, reference, prompter)
@@ -117,8 +117,16 @@ def _model_recipe(pipeline: Pipeline, split: Split, learning: Recipe) -> Recipe:
     return Recipe("model", 1, {"pipeline": table, "split": split.as_dict()}, {"fit": learning.digest})
 
 
-def _fit(shop: RunFolder, split: Split, learning: Recipe, pipeline: Pipeline, resources: Resources) -> FittedDetector:
-    detector = build_detector_here(pipeline, resources)
+def _fit(
+    shop: RunFolder,
+    split: Split,
+    learning: Recipe,
+    pipeline: Pipeline,
+    *,
+    prompter: Prompter | None,
+    resources: Resources,
+) -> FittedDetector:
+    detector = informed(build_detector_here(pipeline, resources), lambda: prompter)
     record = fit_detector(
         shop,
         split,

@@ -21,7 +21,7 @@ from wsi_anomaly.pipeline.keyword_frequency import frequency_of, read_keyword_fr
 from wsi_anomaly.pipeline.ledger import Ledger
 from wsi_anomaly.pipeline.preparing import prepare_all, process_count
 from wsi_anomaly.pipeline.preset import Pipeline, build_detector_here, write_pipeline
-from wsi_anomaly.pipeline.prompting import build_prompter, prompt
+from wsi_anomaly.pipeline.prompting import build_prompter, informed, prompt
 from wsi_anomaly.stages.calibrate import Selection, calibrate
 from wsi_anomaly.stages.export import export_slide, write_importer
 from wsi_anomaly.stages.heatmap import map_slide
@@ -110,7 +110,8 @@ def fitted_detector(model: Model, pipeline: Pipeline, resources: Resources) -> F
 
     @cache
     def load() -> tuple[Scorer, tuple[str, ...]]:
-        detector = build_detector_here(pipeline, resources)
+        built = build_detector_here(pipeline, resources)
+        detector = informed(built, lambda: model_prompter(model, pipeline, resources))
         return detector.load(model.folder.detector, device=resources.device), detector.score_names
 
     return FittedDetector(

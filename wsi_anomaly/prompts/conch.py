@@ -24,6 +24,7 @@ from wsi_anomaly.errors import ModelError, OptionsError
 from wsi_anomaly.hub import hub_folder
 from wsi_anomaly.options import Options, parse_options
 from wsi_anomaly.prompts.conch_network import END, PAD, START, ConchNetwork, ConchSizes
+from wsi_anomaly.shipped import local_place
 
 HUB = "hf_hub:"
 SIZES_FILE = "config.json"
@@ -35,7 +36,8 @@ class Conch(Options):
     """CONCH v1, or a model of the same class whose sizes stand in a `config.json` beside its weights."""
 
     weights: str = Field(f"{HUB}MahmoodLab/conch", min_length=1)
-    """A hub repository after `hf_hub:`, else the path of a file or of a folder with one."""
+    """A hub repository after `hf_hub:`, what comes with the package after `shipped:`, else the path of a file or of a
+    folder with one."""
     tokenizer: str = ""
     """The path of the tokenizer; empty: it lies beside the weights."""
 
@@ -95,7 +97,7 @@ class Conch(Options):
 
     def _place(self, *, offline: bool) -> Path:
         if not self.weights.startswith(HUB):
-            return Path(self.weights).expanduser()
+            return local_place(self.weights)
         return hub_folder(
             self.weights.removeprefix(HUB),
             weights=("model.safetensors", "pytorch_model.bin", "*.safetensors", "*.bin"),

@@ -4,12 +4,13 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Float32, Int64, Shaped
+from jaxtyping import Bool, Float32, Int64, Shaped, UInt8
 from pydantic import Field
 
+from wsi_anomaly.detectors.protocol import Prompt
 from wsi_anomaly.execution import Progress, read_ahead, report
 from wsi_anomaly.options import Options
 from wsi_anomaly.prompts.building import JOINER, PREFIX, BuiltPrompts, Weighting, build_prompts, readable
@@ -22,6 +23,7 @@ from wsi_anomaly.storage.record import Recipe, Record, current_record, read_reco
 from wsi_anomaly.storage.tiles import TileStore
 
 FORMAT_VERSION = 1
+_AT_HAND_TILES = 64
 
 log = logging.getLogger(__name__)
 
@@ -79,6 +81,14 @@ class Prompter:
         return Recipe("prompt", FORMAT_VERSION, options, inputs)
 
 
+class TileDescriptions(NamedTuple):
+    """Of some tiles, in the order in which a `TileBatch` takes them."""
+
+    prompts: tuple[Prompt, ...]
+    embeddings: Float32[np.ndarray, "tile d"]
+    keyword_scores: Float32[np.ndarray, "tile keyword"]
+
+
 def prompt_slide(folder: SlideFolder, prompter: Prompter, *, batch_size: int) -> Record:
     """Describe the tiles of a slide, unless that has been done with the same keywords, model and options.
 
@@ -115,6 +125,16 @@ def prompt_slide(folder: SlideFolder, prompter: Prompter, *, batch_size: int) ->
             {"tiles": len(store), "shortened": built.over_budget, "without_agreement": built.without_agreement}
         )
     return read_record(folder.root, "prompt")
+
+
+def describe_tiles(prompter: Prompter, pixels: UInt8[np.ndarray, "tile y x rgb"]) -> TileDescriptions:
+    """What the stage finds for tiles that are at hand and lie in no store."""
+    embedder, texts = prompter.load()
+    parts = np.array_split(pixels, max(1, -(-len(pixels) // _AT_HAND_TILES)))
+    embeddings = np.concatenate([embedder.embed_tiles(embedder.prepare(part)) for part in parts])
+    similarity = similarities(embeddings, texts.vectors)
+    built = _build(similarity, texts, prompter.options)
+    return TileDescriptions(tuple(_fragments(built, prompter.keywords)), embeddings, similarity)
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,8 +181,12 @@ def _build(similarity: Float32[np.ndarray, "tile keyword"], texts: TextSide, opt
 
 
 def _texts(built: BuiltPrompts, keywords: tuple[str, ...]) -> list[str]:
+    return [readable(prompt) for prompt in _fragments(built, keywords)]
+
+
+def _fragments(built: BuiltPrompts, keywords: tuple[str, ...]) -> list[Prompt]:
     rows = zip(built.keywords.tolist(), built.weights.tolist(), strict=True)
-    return [readable(fragments(keywords, *row, prefix=PREFIX, joiner=JOINER)) for row in rows]
+    return [fragments(keywords, *row, prefix=PREFIX, joiner=JOINER) for row in rows]
 
 
 def _tell(slide_id: str, built: BuiltPrompts, options: PromptOptions) -> None:

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import chain
+from itertools import chain, pairwise
 from pathlib import Path
 
 import numpy as np
@@ -193,6 +193,19 @@ def test_only_what_requires_gradients_is_learnt(tmp_path: Path) -> None:
     fit(tmp_path)
     learnt, fresh = load_file(tmp_path / WEIGHTS), Small().state_dict()
     assert {name for name in fresh if not torch.equal(learnt[name], fresh[name])} == {"learnt.weight", "learnt.bias"}
+
+
+def test_the_learning_rate_falls_to_nothing_also_after_an_interruption(tmp_path: Path) -> None:
+    """The last step moves the weights less than a twentieth of the first; a resumed fit ends with equal bytes."""
+    falling = PLAIN.model_copy(update={"learning_rate_decay": "cosine"})
+    toy = Toy()
+    undisturbed = fit(tmp_path / "whole", falling, toy=toy)
+    known = [*toy.before, toy.network.learnt.weight.detach()]
+    moves = [float((after - before).norm()) for before, after in pairwise(known)]
+    assert moves[-1] < moves[0] / 20
+    with pytest.raises(StoppedError):
+        fit(tmp_path / "stopped", falling, tiles=Watched(fail_at_read=12))
+    assert fit(tmp_path / "stopped", falling) == undisturbed
 
 
 @pytest.mark.parametrize("fail_at_read", [1, 2, 3, 8, 9, 13, 14])

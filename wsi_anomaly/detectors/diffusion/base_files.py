@@ -10,6 +10,7 @@ from typing import IO, Any
 
 from wsi_anomaly.errors import ModelError
 from wsi_anomaly.hub import hub_parts
+from wsi_anomaly.shipped import local_place
 
 DEFAULT_BASE = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 INDEX = "model_index.json"
@@ -68,7 +69,7 @@ def base_files(base: str, *, offline: bool) -> BaseFiles:
     Raises:
         ModelError: it is of another family, incomplete, damaged, gated, or cannot be had.
     """
-    folder = Path(base).expanduser()
+    folder = local_place(base)
     if folder.is_file():
         raise ModelError(f"{base}: is a single file, not a folder with the parts of a base model. {_CONVERT}")
     if not folder.is_dir():

@@ -25,6 +25,8 @@ class DiffusionTrainingOptions(Options):
     batch_size: int = Field(64, ge=1)
     """Tiles of a step. Where so many do not fit into memory at once, they go through in parts: nothing else changes."""
     learning_rate: float = Field(1e-5, gt=0)
+    learning_rate_decay: Literal["none", "cosine"] = "none"
+    """How it falls from the first step to the last: to nothing, along half a cosine."""
     weight_decay: float = Field(1e-2, ge=0)
     max_grad_norm: float = Field(1.0, gt=0)
     """Longer gradients are shortened to it."""

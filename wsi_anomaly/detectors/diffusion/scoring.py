@@ -11,11 +11,15 @@ from jaxtyping import Float32, UInt8
 
 from wsi_anomaly.detectors.diffusion.restoring import Images, Restored, Restorer
 from wsi_anomaly.detectors.perceptual import Lpips
-from wsi_anomaly.detectors.protocol import TileBatch
+from wsi_anomaly.detectors.protocol import Perception, TileBatch
 from wsi_anomaly.detectors.residuals import ms_ssim, mse, squared_error_map
 from wsi_anomaly.devices import to_pixels, to_tensor
 
-ScoreName = Literal["mse_latent", "mse_pixel", "ms_ssim", "lpips"]
+ScoreName = Literal["mse_latent", "mse_pixel", "ms_ssim", "lpips", "embedding", "keyword_shift"]
+"""`embedding`: one minus the cosine of tile and reconstruction, as the image-text model sees them. `keyword_shift`: how
+much nearer the tile is to the keywords of abnormal tissue than its reconstruction."""
+SEEN: tuple[ScoreName, ...] = ("embedding", "keyword_shift")
+"""Those that need the image-text model."""
 PixelScore = Callable[[Images, Images], Float32[torch.Tensor, " tile"]]
 
 log = logging.getLogger(__name__)
@@ -35,6 +39,8 @@ class DiffusionScorer:
     restorer: Restorer
     scores: tuple[ScoreName, ...]
     lpips: Lpips | None = None
+    perception: Perception | None = None
+    """For the scores of `SEEN`."""
 
     @property
     def facts(self) -> Mapping[str, Any]:
@@ -75,17 +81,35 @@ class DiffusionScorer:
 
     def reconstruct(self, batch: TileBatch) -> UInt8[np.ndarray, "tile y x rgb"]:
         """Each tile as it comes back from the first of the starting timesteps."""
-        restored = self.restorer.restore(batch)
-        images = self.restorer.in_portions(self._decoded, restored.after[0])
-        return to_pixels(torch.from_numpy(np.nan_to_num(images))).numpy()
+        return to_pixels(torch.from_numpy(np.nan_to_num(self._rebuilt(batch, 0)))).numpy()
 
     def _score(self, name: ScoreName, batch: TileBatch, restored: Restored, start: int) -> Float32[np.ndarray, " tile"]:
         after = restored.after[start]
         if name == "mse_latent":
             return self.restorer.in_portions(mse, restored.before, after)
+        if name in SEEN:
+            return self._seen(name, batch, self._rebuilt(batch, start))
         compare = self._pixel_score(name)
         images = to_tensor(batch.pixels, torch.device("cpu"))
         return self.restorer.in_portions(lambda a, b: compare(a, self._decoded(b)), images, after)
+
+    def _seen(
+        self, name: ScoreName, batch: TileBatch, rebuilt: Float32[np.ndarray, "tile rgb y x"]
+    ) -> Float32[np.ndarray, " tile"]:
+        assert self.perception is not None, "loaded with the detector"  # noqa: S101 - for the type checker
+        if not len(batch):
+            return np.zeros(0, np.float32)
+        before = self.perception.embed(batch.pixels)
+        after = self.perception.embed(to_pixels(torch.from_numpy(np.nan_to_num(rebuilt))).numpy())
+        if name == "embedding":
+            values = np.array([1 - np.dot(a, b) for a, b in zip(before, after, strict=True)], np.float32)
+        else:
+            values = self.perception.abnormality(before) - self.perception.abnormality(after)
+        values[~np.isfinite(rebuilt).all(axis=(1, 2, 3))] = np.nan
+        return values
+
+    def _rebuilt(self, batch: TileBatch, start: int) -> Float32[np.ndarray, "tile rgb y x"]:
+        return self.restorer.in_portions(self._decoded, self.restorer.restore(batch).after[start])
 
     def _pixel_score(self, name: ScoreName) -> PixelScore:
         if name == "lpips":

@@ -14,6 +14,7 @@ from accelerate.state import AcceleratorState, GradientState, PartialState  # ty
 from accelerate.utils import GradientAccumulationPlugin  # type: ignore[import-untyped]
 from diffusers import ModelMixin
 from diffusers.training_utils import EMAModel
+from torch.optim.lr_scheduler import ConstantLR, CosineAnnealingLR, LRScheduler
 
 from wsi_anomaly.detectors.diffusion.learner import (
     DiffusionLearner,
@@ -42,6 +43,7 @@ class Stepper:
         self._optimizer = accelerator.prepare_optimizer(
             torch.optim.AdamW(self._parameters, options.learning_rate, weight_decay=options.weight_decay)
         )
+        self._rate = _learning_rate(self._optimizer, options)
         self._average = EMAModel(self._parameters, options.ema_decay) if options.ema_decay else None
         self._at_once = options.batch_size
 
@@ -58,6 +60,7 @@ class Stepper:
         norm = self._accelerator.clip_grad_norm_(self._parameters, self._max_grad_norm)
         if self._accelerator.scaler is not None or norm.isfinite():  # the scaler looks itself, and must be told
             self._optimizer.step()
+            self._rate.step()
         if self._average:
             self._average.step(self._parameters)
         return loss
@@ -81,6 +84,7 @@ class Stepper:
         return {
             "parameters": {name: parameter.detach() for name, parameter in self._named.items()},
             "optimizer": self._optimizer.state_dict(),
+            "rate": self._rate.state_dict(),
             "average": self._average.state_dict() if self._average else None,
             "scaler": scaler.state_dict() if scaler else None,
         }
@@ -91,6 +95,7 @@ class Stepper:
             for name, parameter in self._named.items():
                 parameter.copy_(state["parameters"][name])
         self._optimizer.load_state_dict(state["optimizer"])
+        self._rate.load_state_dict(state["rate"])
         if self._average:
             self._average.load_state_dict(state["average"])
             self._average.to(self._parameters[0].device)
@@ -157,6 +162,12 @@ def _undecided() -> Iterator[None]:
         for state, content in zip(kept, before, strict=True):
             state.clear()
             state.update(content)
+
+
+def _learning_rate(optimizer: torch.optim.Optimizer, options: DiffusionTrainingOptions) -> LRScheduler:
+    if options.learning_rate_decay == "cosine":
+        return CosineAnnealingLR(optimizer, options.steps)
+    return ConstantLR(optimizer, factor=1)
 
 
 def _remember_less(network: torch.nn.Module) -> None:
