@@ -2,16 +2,21 @@
 
 import json
 import re
+import sys
+from importlib.metadata import EntryPoint
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import tifffile
 from typer.testing import CliRunner
 
-from wsi_anomaly import __version__
+from wsi_anomaly import __version__, plugins
 from wsi_anomaly.cli.app import app, main
+from wsi_anomaly.cli.tables import listing_lines
 from wsi_anomaly.errors import KeywordError, MissingOutputError, ModelError, OptionsError
+from wsi_anomaly.plugins import DETECTORS
 from wsi_anomaly.storage.slide_table import read_slide_table
 from wsi_anomaly.synthetic import write_slide
 
@@ -194,6 +199,68 @@ def test_looking_around_prints_a_table(name: str) -> None:
     status, out, _ = command(name)
     assert status == 0
     assert "autoencoder" in out
+
+
+def test_detectors_are_listed_with_what_they_need_and_give() -> None:
+    """In a pipe each is one line, to be searched."""
+    _, out, _ = command("detectors")
+    lines = {line.split()[0]: line for line in out.splitlines()}
+    assert re.search(
+        r"prompts, GPU +mse_latent; map; reconstruction +Kim et al., MICCAI 2025 +.*Open RAIL", lines["anopilad"]
+    )
+    assert re.search(
+        r"nothing +mse; map; reconstruction +Gong et al., ICCV 2019 +- +wsi-anomaly$", lines["autoencoder"]
+    )
+
+
+class Plain:
+    """What a third party may have registered: neither paper nor needs, and an option without a default."""
+
+    def __init__(self, depth: int) -> None:
+        self.depth = depth
+
+
+class Telling:
+    """It says itself what there is."""
+
+    score_names = ("odd", "odder")
+    outputs = ("map",)
+    paper = "Somebody, 2030"
+    needs = ("embeddings",)
+
+
+def test_a_plug_in_that_tells_nothing_is_listed_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With dashes; one that cannot be loaded hides none of the others and is named with the reason."""
+    places = {"plain": "Plain", "telling": "Telling"}
+    offered = {name: EntryPoint(name, f"{__name__}:{place}", DETECTORS) for name, place in places.items()}
+    offered["bare"] = EntryPoint("bare", "package_that_nobody_has:Detector", DETECTORS)
+    monkeypatch.setitem(sys.modules, __name__, SimpleNamespace(Plain=Plain, Telling=Telling))  # type: ignore[arg-type]
+    monkeypatch.setattr(plugins, "installed", lambda _: offered)
+    status, out, _ = command("detectors")
+    assert status == 0
+    lines = {line.split()[0]: line for line in out.splitlines()}
+    assert lines["plain"].split()[-5:] == ["-"] * 5
+    assert re.search(r"embeddings +odd, odder; map +Somebody, 2030 +- +-$", lines["telling"])
+    assert lines["bare"].split() == ["bare", *"------"]
+    assert "pip install package_that_nobody_has" in out
+
+
+@pytest.mark.parametrize("screen", [None, 20, 60, 80, 100, 140, 200, 400])
+def test_no_word_of_a_listing_is_cut(screen: int | None) -> None:
+    """Neither on a narrow screen nor on a wide one; only a word longer than the screen goes over its edge."""
+    columns = ("detector", "what it does", "paper")
+    rows = [
+        ("short", "Guesses what is normal and finds whatever else there is, in forty lines of text.", "-"),
+        ("a-rather-long-name", "Little.", "Somebody-With-A-Name et al., Transactions of Something 2030"),
+    ]
+    lines = list(listing_lines(columns, rows, screen))
+    printed = " ".join(lines).split()
+    assert all(word in printed for row in rows for cell in row for word in cell.split())
+    if screen is None:
+        assert len(lines) == 3
+    elif screen >= 40:
+        assert max(map(len, lines)) <= screen
+    assert (lines[0].split()[:2] == ["detector", "what"]) == (screen is None or screen >= 80)
 
 
 def test_keyword_lists_are_listed_and_printed() -> None:

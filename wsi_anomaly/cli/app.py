@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from wsi_anomaly.cli import evaluation, inspection, stage_commands, work
+from wsi_anomaly.cli import comparison, evaluation, exploration, inspection, stage_commands, work
 from wsi_anomaly.cli.console import stderr
 from wsi_anomaly.errors import WsiAnomalyError
 
@@ -23,7 +23,14 @@ app = typer.Typer(
 )
 
 _PANELS = {
-    "From slides to findings": (work.fit, work.run, evaluation.evaluate, work.demo),
+    "From slides to findings": (
+        work.fit,
+        work.run,
+        comparison.compare,
+        evaluation.evaluate,
+        exploration.explore,
+        work.demo,
+    ),
     "One stage alone": (
         stage_commands.mask,
         stage_commands.tile,

@@ -1,27 +1,71 @@
 """The commands that look and change nothing: detectors, pipelines, keywords, doctor, validate-geojson."""
 
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, get_type_hints
 
 import typer
 from rich.markup import escape
 from rich.table import Table
 
 from wsi_anomaly.cli.console import stdout
+from wsi_anomaly.cli.tables import print_listing
+from wsi_anomaly.errors import PluginError
 
 
 def detectors() -> None:
-    """List the installed detectors."""
+    """List the installed detectors: what each needs and gives, and where it comes from."""
     from wsi_anomaly.plugins import DETECTORS, installed, load_plugin
 
-    table = _table("detector", "scores", "what it does", "package")
+    rows: list[tuple[str, ...]] = []
+    troubles = []
     for name, entry in installed(DETECTORS).items():
-        detector = load_plugin(DETECTORS, name)
-        summary = (detector.__doc__ or "").strip().splitlines()[0]
-        package = entry.dist.name if entry.dist else ""
-        # By its default options.
-        table.add_row(name, ", ".join(detector().score_names), escape(summary), package)
-    stdout.print(table)
+        package = entry.dist.name if entry.dist else _UNKNOWN
+        try:
+            rows.append((name, *_described(load_plugin(DETECTORS, name)), package))
+        except PluginError as error:
+            rows.append((name, *[_UNKNOWN] * 5, package))
+            troubles.append(str(error))
+    print_listing(("detector", "what it does", "needs", "outputs", "paper", "licences", "package"), rows)
+    for trouble in troubles:
+        stdout.print(trouble, markup=False, highlight=False, soft_wrap=True)
+
+
+_UNKNOWN = "-"
+
+
+def _described(detector: Any) -> tuple[str, str, str, str, str]:  # noqa: ANN401 - any class that was registered
+    """What it does, needs and gives, its paper, and the licence of what it can use. A plug-in may tell none of it."""
+    summary = next(iter((detector.__doc__ or "").strip().splitlines()), _UNKNOWN)
+    needs = getattr(detector, "needs", None)
+    kinds = getattr(detector, "outputs", None)
+    outputs = (", ".join(_score_names(detector)), *(_kinds_of_output(detector) if kinds is None else kinds))
+    return (
+        summary,
+        _UNKNOWN if needs is None else ", ".join(needs) or "nothing",
+        "; ".join(filter(None, outputs)) or _UNKNOWN,
+        getattr(detector, "paper", _UNKNOWN),
+        getattr(detector, "licence_of", _UNKNOWN),
+    )
+
+
+def _score_names(detector: Any) -> tuple[str, ...]:  # noqa: ANN401
+    """By its default options, where it has any."""
+    try:
+        return tuple(detector().score_names)
+    except (TypeError, ValueError, AttributeError):  # an option without a default
+        return ()
+
+
+def _kinds_of_output(detector: Any) -> Iterator[str]:  # noqa: ANN401
+    """What its scorer can do beside scores, by the class that `load` is said to return."""
+    try:
+        scorer = get_type_hints(detector.load).get("return")
+    except (AttributeError, NameError, TypeError):
+        return
+    for method, kind in (("score_map", "map"), ("reconstruct", "reconstruction")):
+        if hasattr(scorer, method):
+            yield kind
 
 
 def pipelines(

@@ -1,6 +1,8 @@
 """Tables that commands print when they are done."""
 
+import textwrap
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +59,59 @@ def print_metrics(evaluation: Any) -> None:  # noqa: ANN401 - an `Evaluation`, w
                 f"p = {tests[name].p_value:.2g} ({tests[name].method})"
             )
             stdout.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def print_listing(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Long texts in columns: no word is ever cut. In a pipe each row is one line."""
+    for number, line in enumerate(listing_lines(columns, rows, stdout.width if stdout.is_terminal else None)):
+        style = "bold" if number == 0 else ""
+        stdout.print(line, style=style, markup=False, highlight=False, soft_wrap=True)
+
+
+def listing_lines(
+    columns: Sequence[str], rows: Sequence[Sequence[str]], screen_characters: int | None
+) -> Iterator[str]:
+    """A table under the names of its columns, where the screen is wide enough; else a paragraph for each row.
+
+    Without a width of the screen nothing is wrapped.
+    """
+    widths = _column_widths([columns, *rows], screen_characters)
+    if widths:
+        for row in (columns, *rows):
+            wrapped = [_wrap(cell, width) for cell, width in zip(row, widths, strict=True)]
+            for cells in zip_longest(*wrapped, fillvalue=""):
+                padded = (cell.ljust(width) for cell, width in zip(cells, widths, strict=True))
+                yield _GAP.join(padded).rstrip()
+        return
+    for row in rows:
+        yield row[0]
+        for name, cell in list(zip(columns, row, strict=True))[1:]:
+            yield from (f"  {line}" for line in _wrap(f"{name}: {cell}", (screen_characters or 0) - 2))
+
+
+_GAP = "  "
+_LEAST_CHARACTERS = 24
+"""A column of long texts is not made narrower: one word a line is hard to read."""
+
+
+def _column_widths(rows: Sequence[Sequence[str]], screen_characters: int | None) -> list[int]:
+    """In characters: enough for the longest word of each column, the rest shared out; none if that is too much."""
+    columns = list(zip(*rows, strict=True))
+    widest = [max(map(len, column)) for column in columns]
+    if screen_characters is None:
+        return widest
+    words = [max((len(word) for cell in column for word in cell.split()), default=0) for column in columns]
+    least = [max(word, min(_LEAST_CHARACTERS, wide)) for word, wide in zip(words, widest, strict=True)]
+    spare = screen_characters - len(_GAP) * (len(columns) - 1) - sum(least)
+    wanted = [wide - narrow for wide, narrow in zip(widest, least, strict=True)]
+    if spare < 0:
+        return []
+    share = min(1.0, spare / max(1, sum(wanted)))
+    return [narrow + int(share * more) for narrow, more in zip(least, wanted, strict=True)]
+
+
+def _wrap(text: str, width: int) -> list[str]:
+    return textwrap.wrap(text, max(1, width), break_long_words=False, break_on_hyphens=False) or [""]
 
 
 _SHOWN = (

@@ -7,7 +7,7 @@ workshops 2022), and the form of it that Kim et al., "AnoPILaD" (MICCAI 2025), c
 import json
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -55,6 +55,10 @@ class AnoDdpmTraining(DiffusionTrainingOptions):
 
 class AnoDdpm(Options):
     """Diffusion of the pixels themselves: what comes back other than it was is abnormal."""
+
+    paper: ClassVar[str] = "Wyatt et al., CVPR workshops 2022"
+    needs: ClassVar[tuple[str, ...]] = ("GPU",)
+    licence_of: ClassVar[str] = "google/ddpm-celebahq-256: Apache-2.0"
 
     base: str = ""
     """A DDPM to start from: a folder as diffusers saves it, or a repository of the hub. Without: from scratch."""

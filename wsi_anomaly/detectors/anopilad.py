@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -52,6 +53,10 @@ class AnoPiladTraining(DiffusionTrainingOptions):
 
 class AnoPilad(Options):
     """Latent diffusion under each tile's own keywords: what it cannot rebuild as normal is abnormal."""
+
+    paper: ClassVar[str] = "Kim et al., MICCAI 2025"
+    needs: ClassVar[tuple[str, ...]] = ("prompts", "GPU")
+    licence_of: ClassVar[str] = "Stable Diffusion 1.x: CreativeML Open RAIL-M; CONCH: CC BY-NC-ND 4.0"
 
     base: str = Field(DEFAULT_BASE, min_length=1)
     """A Stable Diffusion 1.x or 2.x: a folder as diffusers saves it, a repository of the hub, or what comes with the

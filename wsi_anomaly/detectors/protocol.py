@@ -25,7 +25,7 @@ class TileBatch:
     embeddings: Float32[np.ndarray, "tile d"] | None = None
     keyword_scores: Float32[np.ndarray, "tile keyword"] | None = None
     categories: Int64[np.ndarray, "tile variable"] | None = None
-    """What the cohort says of each tile's slide, numbered from 0 the same way in every run of a model; -1 is unknown."""
+    """What the cohort says of each tile's slide, numbered from 0 alike in every run of a model; -1 is unknown."""
 
     def __len__(self) -> int:
         return len(self.pixels)

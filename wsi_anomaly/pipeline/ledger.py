@@ -16,10 +16,14 @@ log = logging.getLogger(__name__)
 
 
 class Ledger:
-    """The rows of `slides.csv`, written after each slide."""
+    """The rows of `slides.csv`, written after each slide.
 
-    def __init__(self, run: RunFolder, slide_ids: tuple[str, ...]) -> None:
+    `called` says in the log whose ledger it is, where there are several.
+    """
+
+    def __init__(self, run: RunFolder, slide_ids: tuple[str, ...], *, called: str = "") -> None:
         self._run = run
+        self._called = f"{called}: " if called else ""
         self._earlier = read_slide_table(run.slide_table)
         self._failed: set[str] = set()
         self._seconds = dict.fromkeys(slide_ids, 0.0)
@@ -51,7 +55,7 @@ class Ledger:
         except WsiAnomalyError as error:
             self._fail(slide_id, str(error))
         except Exception as error:
-            log.exception("%s: this is a bug in wsi-anomaly, please report it", slide_id)
+            log.exception("%s%s: this is a bug in wsi-anomaly, please report it", self._called, slide_id)
             self._fail(slide_id, f"internal error: {type(error).__name__}: {error}")
         else:
             self._seconds[slide_id] += time.monotonic() - started
@@ -68,7 +72,7 @@ class Ledger:
 
     def _fail(self, slide_id: str, reason: str) -> None:
         one_line = " ".join(reason.split())
-        log.error("%s", one_line if slide_id in one_line else f"{slide_id}: {one_line}")
+        log.error("%s%s", self._called, one_line if slide_id in one_line else f"{slide_id}: {one_line}")
         self._failed.add(slide_id)
         self.rows[slide_id] = SlideRow(slide_id, "failed", one_line)
         self.write()

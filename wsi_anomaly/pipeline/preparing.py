@@ -78,12 +78,13 @@ def _alone(executor: Executor, preparation: Preparation) -> Future[float]:
 
 def _submit(executor: Executor, preparation: Preparation) -> Future[float]:
     """To another process only if there is something to do: starting one takes longer than finding that out."""
-    if _is_prepared(preparation):
+    if is_prepared(preparation):
         return SerialExecutor().submit(prepare, preparation)
     return executor.submit(prepare, preparation)
 
 
-def _is_prepared(preparation: Preparation) -> bool:
+def is_prepared(preparation: Preparation) -> bool:
+    """Whether `prepare` would have nothing to do."""
     slide, folder = preparation.slide, preparation.folder
     try:
         masked = "mask" not in preparation.steps or mask_is_current(slide, folder, preparation.tissue)

@@ -69,15 +69,13 @@ def run(
         LockedOutputError: another run is writing to `out`.
         OutputError: `out` cannot be written.
     """
-    slides = tuple(slide for slide in slides if slide.split in (None, "test"))
-    if not slides:
-        raise CohortError("every slide of the cohort is marked 'train' or 'reference': there is none to test")
+    slides = slides_to_test(slides)
     folder, pipeline = RunFolder(out), pipeline or pipeline_of(model)
     detector = fitted_detector(model, pipeline, resources)
     prompter = model_prompter(model, pipeline, resources)
     with writable(out), locked(folder.lock), listening(listener):
         started = time.time()
-        _write_provenance(folder, model, pipeline, z_from=z_from, started=started)
+        write_provenance(folder, model, pipeline, z_from=z_from, started=started)
         ledger = Ledger(folder, tuple(slide.slide_id for slide in slides))
         ledger.write()
         with processes(process_count(slides, resources)) as executor:
@@ -93,11 +91,21 @@ def run(
             _finish_against_cohort(folder, ledger, pipeline)
         write_importer(folder)
         if prompter:
-            well = [folder.slide(slide_id) for slide_id in ledger.rows if ledger.is_well(slide_id)]
-            trained = read_keyword_frequency(model.folder.keyword_table)
-            write_keyword_frequency(folder, prompter.vocabulary, trained | {"test": frequency_of(well)})
-        _write_provenance(folder, model, pipeline, z_from=z_from, started=started, finished=time.time())
+            count_keywords(folder, ledger, prompter, model)
+        write_provenance(folder, model, pipeline, z_from=z_from, started=started, finished=time.time())
     return RunSummary(folder, tuple(ledger.rows.values()), ledger.failed)
+
+
+def slides_to_test(slides: Sequence[CohortSlide]) -> tuple[CohortSlide, ...]:
+    """Those of a cohort that are not meant for fitting.
+
+    Raises:
+        CohortError: there is none.
+    """
+    tested = tuple(slide for slide in slides if slide.split in (None, "test"))
+    if not tested:
+        raise CohortError("every slide of the cohort is marked 'train' or 'reference': there is none to test")
+    return tested
 
 
 def pipeline_of(model: Model) -> Pipeline:
@@ -147,6 +155,13 @@ def finish(folder: SlideFolder, reference: Reference, pipeline: Pipeline) -> Non
     report(Progress("export", folder.slide_id, finished=True))
 
 
+def count_keywords(folder: RunFolder, ledger: Ledger, prompter: Prompter, model: Model) -> None:
+    """Write how many tiles have each keyword in their prompt, in training and in the slides that went well."""
+    well = [folder.slide(slide_id) for slide_id in ledger.rows if ledger.is_well(slide_id)]
+    trained = read_keyword_frequency(model.folder.keyword_table)
+    write_keyword_frequency(folder, prompter.vocabulary, trained | {"test": frequency_of(well)})
+
+
 def _finish_against_cohort(folder: RunFolder, ledger: Ledger, pipeline: Pipeline) -> None:
     scored = [folder.slide(slide_id) for slide_id in ledger.rows if ledger.is_well(slide_id)]
     if not scored:
@@ -158,9 +173,10 @@ def _finish_against_cohort(folder: RunFolder, ledger: Ledger, pipeline: Pipeline
             finish(slide, reference, pipeline)
 
 
-def _write_provenance(
+def write_provenance(
     folder: RunFolder, model: Model, pipeline: Pipeline, *, z_from: ZFrom, started: float, finished: float | None = None
 ) -> None:
+    """Write what made the results: `run.json` and `pipeline.toml`; `started` and `finished` in seconds since 1970."""
     write_pipeline(folder, pipeline)
     write_json(
         folder.run,

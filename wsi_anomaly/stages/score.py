@@ -1,8 +1,12 @@
 """Stage `score`: how abnormal is each tile? Reads `tiles.zarr` and a detector's scorer; writes `scores.zarr`."""
 
+import contextlib
 import logging
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
@@ -20,6 +24,9 @@ from wsi_anomaly.storage.scores import ScoreStatus, ScoreWriter
 from wsi_anomaly.storage.tiles import TileStore
 
 FORMAT_VERSION = 2
+
+_Batch = tuple[Bool[np.ndarray, " tile"], TileBatch]
+"""Which tiles are readable, and those."""
 
 log = logging.getLogger(__name__)
 
@@ -52,6 +59,29 @@ class FittedDetector:
     """The scorer and the names of its scores. Slow the first time; the same objects ever after."""
 
 
+@dataclass(frozen=True, slots=True)
+class ScoreJob:
+    """What one detector has to do on a slide; `prompted`: it is told what the stage `prompt` found."""
+
+    folder: SlideFolder
+    detector: FittedDetector
+    options: ScoreOptions
+    seed: int
+    prompted: bool = False
+
+    @property
+    def recipe(self) -> Recipe:
+        """What decides the scores.
+
+        Raises:
+            MissingOutputError: the stage `tile` has not run, or `prompt` where it is needed.
+        """
+        inputs = {"tiles": read_record(self.folder.root, "tile").digest, "detector": self.detector.digest}
+        if self.prompted:
+            inputs["prompts"] = read_record(self.folder.root, "prompt").digest
+        return Recipe("score", FORMAT_VERSION, self.options.model_dump() | {"seed": self.seed}, inputs)
+
+
 def score_slide(
     folder: SlideFolder,
     detector: FittedDetector,
@@ -63,42 +93,122 @@ def score_slide(
 ) -> Record:
     """Score the tiles of a slide, unless that has been done with the same model. Unreadable tiles get NaN.
 
-    With `prompted` the detector is told what the stage `prompt` found.
-
     Raises:
         MissingOutputError: the stage `tile` has not run, or `prompt` where it is needed.
         ModelError: the model was fitted on tiles of another size or mpp.
         OptionsError: the detector makes no maps or reconstructions, and they are to be kept.
     """
-    inputs = {"tiles": read_record(folder.root, "tile").digest, "detector": detector.digest}
-    if prompted:
-        inputs["prompts"] = read_record(folder.root, "prompt").digest
-    recipe = Recipe("score", FORMAT_VERSION, options.model_dump() | {"seed": seed}, inputs)
-    if done := current_record(folder.root, recipe):
-        return done
-    source = SlideTiles.of(folder, seed=seed, prompted=prompted)
-    store = source.store
-    _check_tiles(store, detector, folder.slide_id)
-    scorer, score_names = detector.load()
-    _check_abilities(scorer, detector.name, options)
-    with writing(folder.root, recipe) as work:
-        writer = ScoreWriter(
-            work.folder / folder.scores.name,
-            tiles=len(store),
-            tile_px=store.tile_px,
-            attributes=_attributes(detector.name, score_names, scorer),
-            maps=options.keep_maps != "none",
-            reconstructions=options.keep_reconstructions != "none",
-        )
-        with writer:
-            for readable, batch in source.batches(batch_size):
-                writer.append(readable, *_outputs(scorer, batch, options, len(score_names)))
-                report(Progress("score", folder.slide_id, writer.tiles_done, len(store)))
-            _keep_worst(writer, source, scorer, options.worst, batch_size)
-        failed = int((writer.status == ScoreStatus.FAILED).sum())
-        _tell_failed(folder.slide_id, failed, int(store.readable.sum()))
-        work.facts.update({"scored": int(store.readable.sum()) - failed, "failed": failed})
+    (done,) = score_together([ScoreJob(folder, detector, options, seed, prompted)], batch_size=batch_size)
+    done.result()
     return read_record(folder.root, "score")
+
+
+def score_together(jobs: Sequence[ScoreJob], *, batch_size: int) -> tuple[Future[float], ...]:
+    """Score the tiles of one slide with several detectors, reading each tile once: as `score_slide`, job by job.
+
+    The folders must hold the same tiles. A future has the seconds of its detector, or what went wrong with this job.
+    """
+    with contextlib.ExitStack() as stack:
+        scorings = [stack.enter_context(contextlib.closing(_Scoring(job, batch_size))) for job in jobs]
+        if waiting := [scoring for scoring in scorings if not scoring.ended.done()]:
+            _feed(waiting, batch_size)
+    return tuple(scoring.ended for scoring in scorings)
+
+
+def _feed(scorings: "Sequence[_Scoring]", batch_size: int) -> None:
+    """Hand all tiles to all jobs, until none wants more."""
+    slide_id, sources = scorings[0].job.folder.slide_id, [scoring.source for scoring in scorings]
+    count = len(sources[0].store)
+    try:
+        for number, batches in enumerate(_batches(sources, batch_size), 1):
+            for scoring, batch in zip(scorings, batches, strict=True):
+                scoring.take(batch)
+            report(Progress("score", slide_id, min(number * batch_size, count), count))
+            if all(scoring.ended.done() for scoring in scorings):
+                return
+    except Exception as error:  # noqa: BLE001 - that tiles cannot be read is the affair of each job
+        for scoring in scorings:
+            scoring.fail(error)
+    for scoring in scorings:
+        scoring.take(None)
+
+
+def _batches(sources: "Sequence[SlideTiles]", batch_size: int) -> Iterator[list[_Batch]]:
+    """All tiles of one slide in their order, as each source tells of them. The next batch is read meanwhile."""
+    store = sources[0].store
+
+    def read(indices: Int64[np.ndarray, " tile"]) -> list[_Batch]:
+        readable = store.readable[indices]
+        pixels = store.read(indices[readable])
+        return [(readable, source.batch(indices[readable], pixels)) for source in sources]
+
+    return read_ahead(read, np.split(np.arange(len(store)), range(batch_size, len(store), batch_size)))
+
+
+class _Scoring:
+    """A job under way. It takes batches, and keeps to itself what goes wrong."""
+
+    def __init__(self, job: ScoreJob, batch_size: int) -> None:
+        self.job = job
+        self.ended: Future[float] = Future()
+        self._seconds = 0.0
+        self._work = self._score(batch_size)
+        self.take(None)
+
+    @cached_property
+    def source(self) -> "SlideTiles":
+        """The tiles with what the detector is told of them."""
+        return SlideTiles.of(self.job.folder, seed=self.job.seed, prompted=self.job.prompted)
+
+    def take(self, batch: _Batch | None) -> None:
+        """The next tiles; None at the start and at the end."""
+        self._go(lambda: self._work.send(batch))
+
+    def close(self) -> None:
+        """Give up what is not finished."""
+        self._work.close()
+
+    def fail(self, error: Exception) -> None:
+        """There will be no more tiles."""
+        self._go(lambda: self._work.throw(error))
+
+    def _go(self, step: Callable[[], None]) -> None:
+        if self.ended.done():
+            return
+        started = time.monotonic()
+        try:
+            step()
+        except StopIteration:
+            self.ended.set_result(self._seconds + time.monotonic() - started)
+        except Exception as error:  # noqa: BLE001 - a future hands on whatever went wrong
+            self.ended.set_exception(error)
+        else:
+            self._seconds += time.monotonic() - started
+
+    def _score(self, batch_size: int) -> Generator[None, _Batch | None, None]:
+        """The stage, for which tiles come from outside: a detector that fails leaves the others their turn."""
+        folder, detector, options = self.job.folder, self.job.detector, self.job.options
+        recipe = self.job.recipe
+        if current_record(folder.root, recipe):
+            return
+        store = self.source.store
+        _check_tiles(store, detector, folder.slide_id)
+        scorer, score_names = detector.load()
+        _check_abilities(scorer, detector.name, options)
+        with writing(folder.root, recipe) as work:
+            writer = ScoreWriter(
+                work.folder / folder.scores.name,
+                tiles=len(store),
+                tile_px=store.tile_px,
+                attributes=_attributes(detector.name, score_names, scorer),
+                maps=options.keep_maps != "none",
+                reconstructions=options.keep_reconstructions != "none",
+            )
+            with writer:
+                while (given := (yield)) is not None:
+                    writer.append(given[0], *_outputs(scorer, given[1], options, len(score_names)))
+                _keep_worst(writer, self.source, scorer, options.worst, batch_size)
+            work.facts.update(_counts(folder.slide_id, writer, int(store.readable.sum())))
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,19 +224,13 @@ class SlideTiles:
         """Those that the stages `tile` and, if wanted, `prompt` left."""
         return cls(TileStore(folder.tiles), PromptStore(folder.prompts) if prompted else NoPrompts(), seed)
 
-    def batches(self, batch_size: int) -> Iterator[tuple[Bool[np.ndarray, " tile"], TileBatch]]:
-        """All tiles in their order: which of a batch are readable, and those. The next batch is read meanwhile."""
-
-        def read(indices: Int64[np.ndarray, " tile"]) -> tuple[Bool[np.ndarray, " tile"], TileBatch]:
-            readable = self.store.readable[indices]
-            return readable, self.read(indices[readable])
-
-        chunks = np.split(np.arange(len(self.store)), range(batch_size, len(self.store), batch_size))
-        return read_ahead(read, chunks, threads=1)
-
     def read(self, indices: Int64[np.ndarray, " tile"]) -> TileBatch:
         """Some readable tiles."""
-        return TileBatch(self.store.read(indices), self.store.seeds(indices, self.seed), *self.prompts.read(indices))
+        return self.batch(indices, self.store.read(indices))
+
+    def batch(self, indices: Int64[np.ndarray, " tile"], pixels: UInt8[np.ndarray, "tile y x rgb"]) -> TileBatch:
+        """Some readable tiles whose pixels are at hand."""
+        return TileBatch(pixels, self.store.seeds(indices, self.seed), *self.prompts.read(indices))
 
 
 def _attributes(detector_name: str, score_names: tuple[str, ...], scorer: Scorer) -> dict[str, Any]:
@@ -146,7 +250,8 @@ def _keep_worst(writer: ScoreWriter, source: SlideTiles, scorer: Scorer, count: 
             writer.keep(tile, rebuilt)
 
 
-def _tell_failed(slide_id: str, failed: int, readable: int) -> None:
+def _counts(slide_id: str, writer: ScoreWriter, readable: int) -> dict[str, int]:
+    failed = int((writer.status == ScoreStatus.FAILED).sum())
     if readable and failed == readable:
         raise ModelError(
             f"{slide_id}: the detector gives no number for any of its {readable} tiles. Its weights may be damaged, or "
@@ -156,6 +261,7 @@ def _tell_failed(slide_id: str, failed: int, readable: int) -> None:
         log.warning(
             "%s: the detector gives no number for %d of %d tiles; they are left out", slide_id, failed, readable
         )
+    return {"scored": readable - failed, "failed": failed}
 
 
 def _outputs(

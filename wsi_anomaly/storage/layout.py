@@ -134,6 +134,21 @@ class RunFolder:
         return self.root / "evaluation"
 
     @property
+    def typicality_picture(self) -> Path:
+        """The kinds of tissue of all slides on one map, by `explore`."""
+        return self.root / "typicality.png"
+
+    @property
+    def typicality_table(self) -> Path:
+        """One row a cell of that map."""
+        return self.root / "typicality.csv"
+
+    @property
+    def typicality_map(self) -> Path:
+        """The map itself: its prototypes, and how vectors are standardised."""
+        return self.root / "typicality.zarr"
+
+    @property
     def importer(self) -> Path:
         """The QuPath script that imports every slide's GeoJSON."""
         return self.root / "import_wsi_anomaly.groovy"

@@ -1,0 +1,71 @@
+"""The command compare."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from wsi_anomaly.cli import parameters as p
+from wsi_anomaly.cli.console import session, stdout
+from wsi_anomaly.cli.evaluation import Annotations, Labels, evaluate
+from wsi_anomaly.cli.tables import print_slides
+from wsi_anomaly.execution import Resources
+
+Models = Annotated[
+    list[Path],
+    typer.Option(
+        "--models",
+        "-m",
+        help="A model folder that 'fit' made, or the name of a model that comes with the package; once for each.",
+        show_default=False,
+    ),
+]
+
+
+def compare(
+    slides: p.Slides,
+    models: Models,
+    out: p.Out = Path("comparison"),
+    annotations: Annotations = None,
+    labels: Labels = None,
+    mpp: p.Mpp = None,
+    device: p.Device = p.DEFAULTS.device,
+    workers: p.Workers = p.DEFAULTS.workers,
+    batch_size: p.BatchSize = p.DEFAULTS.batch_size,
+    base_weights: p.BaseWeights = p.DEFAULTS.base_weights,
+    image_text_weights: p.ImageTextWeights = p.DEFAULTS.image_text_weights,
+    offline: p.Offline = p.DEFAULTS.offline,
+    quiet: p.Quiet = False,
+    log_file: p.LogFile = None,
+) -> None:
+    """Run several models on the same slides, reading each tile once for all of them: OUT/<model>, each as of 'run'.
+
+    The models must have been fitted with the same tiles and tissue options; all of them are in memory at the same time.
+    With --annotations or --labels the results are evaluated at the end, as by 'evaluate OUT/A OUT/B' with its defaults.
+    """
+    from wsi_anomaly.cohort import read_cohort
+    from wsi_anomaly.pipeline.comparing import compare
+    from wsi_anomaly.shipped import model_place
+    from wsi_anomaly.storage.model import read_model
+
+    cohort = read_cohort(slides, mpp=mpp)
+    fitted = [read_model(model_place(model)) for model in models]
+    resources = Resources(
+        device=device,
+        workers=workers,
+        batch_size=batch_size,
+        offline=offline,
+        base_weights=base_weights,
+        image_text_weights=image_text_weights,
+    )
+    with session(slides=len(cohort), quiet=quiet, log_file=log_file) as bars:
+        summaries = compare(cohort, fitted, out, resources=resources, listener=bars)
+    if not quiet:
+        for summary in summaries:
+            stdout.print(f"{summary.folder.root.name}:", markup=False, highlight=False, soft_wrap=True)
+            print_slides(summary.rows, summary.folder.root)
+    mapped = [summary.folder for summary in summaries if len(summary.failed) < len(summary.rows)]
+    if mapped and (annotations or labels):
+        evaluate([folder.root for folder in mapped], annotations, labels, quiet=quiet, log_file=log_file)
+    if any(summary.failed for summary in summaries):
+        raise typer.Exit(1)
