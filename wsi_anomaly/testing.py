@@ -34,9 +34,10 @@ class TilesInMemory:
         pixels: UInt8[np.ndarray, "tile y x rgb"],
         groups: Int64[np.ndarray, " tile"] | None = None,
         *,
+        embeddings: Float32[np.ndarray, "tile d"] | None = None,
         die_at_read: int | None = None,
     ) -> None:
-        self.pixels = pixels
+        self.pixels, self.embeddings = pixels, embeddings
         self.groups: Int64[np.ndarray, " tile"] = np.arange(len(pixels)) // 4 if groups is None else groups
         self.reads = 0
         self._die_at_read = die_at_read
@@ -49,15 +50,19 @@ class TilesInMemory:
         self.reads += 1
         if self.reads == self._die_at_read:
             os.kill(os.getpid(), _KILL)
-        return batch_of(self.pixels[indices], seeds=indices.astype(np.uint64))
+        embeddings = None if self.embeddings is None else self.embeddings[indices]
+        return batch_of(self.pixels[indices], seeds=indices.astype(np.uint64), embeddings=embeddings)
 
 
 def batch_of(
-    pixels: UInt8[np.ndarray, "tile y x rgb"], *, seeds: UInt64[np.ndarray, " tile"] | None = None
+    pixels: UInt8[np.ndarray, "tile y x rgb"],
+    *,
+    seeds: UInt64[np.ndarray, " tile"] | None = None,
+    embeddings: Float32[np.ndarray, "tile d"] | None = None,
 ) -> TileBatch:
     """A batch of these tiles under one plain prompt; seeds count from 0 if none are given."""
     seeds = np.arange(len(pixels), dtype=np.uint64) if seeds is None else seeds
-    return TileBatch(pixels, seeds, prompts=((("tissue", 1.0),),) * len(pixels))
+    return TileBatch(pixels, seeds, prompts=((("tissue", 1.0),),) * len(pixels), embeddings=embeddings)
 
 
 def smooth_tiles(count: int, tile_px: int, *, seed: int) -> UInt8[np.ndarray, "tile y x rgb"]:
@@ -96,11 +101,18 @@ class DetectorContract:
     device: ClassVar[str] = "cpu"
     tells_apart: ClassVar[tuple[str, ...] | None] = None
 
+    @staticmethod
+    def embed(pixels: UInt8[np.ndarray, "tile y x rgb"]) -> Float32[np.ndarray, "tile d"] | None:
+        """What stands for the embeddings of tiles, for a detector that needs some; none unless you say how."""
+        del pixels
+        return None
+
     @pytest.fixture(scope="class")
     @classmethod
     def tiles(cls) -> TilesInMemory:
         """Normal tiles to learn from."""
-        return TilesInMemory(smooth_tiles(cls.fit_tiles, cls.tile_px, seed=1))
+        pixels = smooth_tiles(cls.fit_tiles, cls.tile_px, seed=1)
+        return TilesInMemory(pixels, embeddings=cls.embed(pixels))
 
     @pytest.fixture(scope="class")
     @classmethod
@@ -121,7 +133,8 @@ class DetectorContract:
     @classmethod
     def batch(cls) -> TileBatch:
         """New tiles, normal and abnormal, more than any detector should take at once."""
-        return batch_of(np.concatenate([f(20, cls.tile_px, seed=2) for f in (smooth_tiles, odd_tiles)]))
+        pixels = np.concatenate([f(20, cls.tile_px, seed=2) for f in (smooth_tiles, odd_tiles)])
+        return batch_of(pixels, embeddings=cls.embed(pixels))
 
     def test_options_survive_a_text_file(self) -> None:
         """A model folder carries the options as text, and they build the same detector."""
@@ -174,7 +187,7 @@ class DetectorContract:
         self, scorer: Scorer, checkpoint: Path, batch: TileBatch, tmp_path: Path
     ) -> None:
         """All that scoring needs is in the folder and the options."""
-        np.savez(tmp_path / "tiles.npz", pixels=batch.pixels)
+        _leave(batch, tmp_path)
         _elsewhere("score", self.detector, tmp_path, checkpoint=str(checkpoint), device=self.device)
         assert np.array_equal(np.load(tmp_path / "scores.npy"), scorer.score(batch))
 
@@ -182,12 +195,12 @@ class DetectorContract:
         self, tiles: TilesInMemory, checkpoint: Path, tmp_path: Path
     ) -> None:
         """Killed half-way and called again, a fit reads only what was missing and leaves the same bytes."""
-        again = TilesInMemory(tiles.pixels, tiles.groups)
+        again = TilesInMemory(tiles.pixels, tiles.groups, embeddings=tiles.embeddings)
         self.detector.fit(again, tmp_path / "whole", device=self.device)
-        np.savez(tmp_path / "tiles.npz", pixels=tiles.pixels, groups=tiles.groups)
+        _leave(tiles, tmp_path)
         settings = {"checkpoint": str(tmp_path / "killed"), "device": self.device, "die_at_read": again.reads // 2 + 1}
         assert _elsewhere("fit", self.detector, tmp_path, **settings) != 0
-        rest = TilesInMemory(tiles.pixels, tiles.groups)
+        rest = TilesInMemory(tiles.pixels, tiles.groups, embeddings=tiles.embeddings)
         self.detector.fit(rest, tmp_path / "killed", device=self.device)
         assert rest.reads < again.reads
         assert _files(tmp_path / "killed") == _files(tmp_path / "whole") == _files(checkpoint)
@@ -222,7 +235,16 @@ _KILL = getattr(signal, "SIGKILL", signal.SIGTERM)  # Windows knows only the lat
 
 
 def _part(batch: TileBatch, indices: Int64[np.ndarray, " tile"]) -> TileBatch:
-    return batch_of(batch.pixels[indices], seeds=batch.seeds[indices])
+    embeddings = None if batch.embeddings is None else batch.embeddings[indices]
+    return batch_of(batch.pixels[indices], seeds=batch.seeds[indices], embeddings=embeddings)
+
+
+def _leave(tiles: TilesInMemory | TileBatch, folder: Path) -> None:
+    """Write tiles where the new process finds them."""
+    groups = tiles.groups if isinstance(tiles, TilesInMemory) else np.arange(len(tiles))
+    np.savez(folder / "tiles.npz", pixels=tiles.pixels, groups=groups)
+    if tiles.embeddings is not None:
+        np.save(folder / "embeddings.npy", tiles.embeddings)
 
 
 def _files(folder: Path) -> dict[str, bytes]:
@@ -256,10 +278,12 @@ def _work() -> None:
     """What the new process does."""
     task = json.load(sys.stdin)
     detector, folder, checkpoint = _detector_of(task), Path(task["folder"]), Path(task["checkpoint"])
-    tiles = np.load(folder / "tiles.npz")
+    tiles, path = np.load(folder / "tiles.npz"), folder / "embeddings.npy"
+    embeddings = np.load(path) if path.exists() else None
     if task["job"] == "fit":
-        source = TilesInMemory(tiles["pixels"], tiles["groups"], die_at_read=task["die_at_read"])
+        settings = {"embeddings": embeddings, "die_at_read": task["die_at_read"]}
+        source = TilesInMemory(tiles["pixels"], tiles["groups"], **settings)
         detector.fit(source, checkpoint, device=task["device"])
     else:
         scorer = detector.load(checkpoint, device=task["device"])
-        np.save(folder / "scores.npy", scorer.score(batch_of(tiles["pixels"])))
+        np.save(folder / "scores.npy", scorer.score(batch_of(tiles["pixels"], embeddings=embeddings)))

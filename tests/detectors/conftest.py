@@ -5,11 +5,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
 
 from wsi_anomaly.detectors.perceptual import Lpips
+from wsi_anomaly.synthetic import TileKind, synthetic_tiles
 from wsi_anomaly.testing import TilesInMemory
 
 Fit = Callable[[Any, TilesInMemory], Path]
@@ -34,6 +36,17 @@ def fitted(tmp_path_factory: pytest.TempPathFactory) -> Fit:
         return folder
 
     return fit
+
+
+@pytest.fixture(scope="session")
+def tissue() -> Callable[[range, int, TileKind], np.ndarray]:
+    """Made-up tiles of 64 px, `tissue(slides, number, kind)`: as many of each slide; one slide is one stain."""
+
+    def drawn(slides: range, number: int, kind: TileKind) -> np.ndarray:
+        tiles = [synthetic_tiles(slide, number, tile_px=64, kinds=(kind,)) for slide in slides]
+        return np.stack([pixels for of_slide in tiles for pixels, _ in of_slide])
+
+    return drawn
 
 
 @pytest.fixture

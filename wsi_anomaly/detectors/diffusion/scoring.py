@@ -17,9 +17,12 @@ from wsi_anomaly.devices import to_pixels, to_tensor
 
 ScoreName = Literal["mse_latent", "mse_pixel", "ms_ssim", "lpips", "embedding", "keyword_shift"]
 """`embedding`: one minus the cosine of tile and reconstruction, as the image-text model sees them. `keyword_shift`: how
-much nearer the tile is to the keywords of abnormal tissue than its reconstruction."""
+near the tile is to the keywords of abnormal tissue, less `SHARE_OF_REBUILT` of how near its reconstruction is."""
 SEEN: tuple[ScoreName, ...] = ("embedding", "keyword_shift")
 """Those that need the image-text model."""
+SHARE_OF_REBUILT = 0.5
+"""A reconstruction is one draw of many and blurred: all of its nearness would add more noise than it takes away. Of 1,
+0.75, 0.5 and 0.25 this and 0.25 did best on real tiles (benchmarks/RESULTS.md)."""
 PixelScore = Callable[[Images, Images], Float32[torch.Tensor, " tile"]]
 
 log = logging.getLogger(__name__)
@@ -104,7 +107,7 @@ class DiffusionScorer:
         if name == "embedding":
             values = np.array([1 - np.dot(a, b) for a, b in zip(before, after, strict=True)], np.float32)
         else:
-            values = self.perception.abnormality(before) - self.perception.abnormality(after)
+            values = self.perception.abnormality(before) - SHARE_OF_REBUILT * self.perception.abnormality(after)
         values[~np.isfinite(rebuilt).all(axis=(1, 2, 3))] = np.nan
         return values
 

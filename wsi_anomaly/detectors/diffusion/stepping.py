@@ -187,6 +187,7 @@ def _part(batch: TileBatch, tiles: slice) -> TileBatch:
         prompts=batch.prompts[tiles],
         embeddings=_rows(batch.embeddings, tiles),
         keyword_scores=_rows(batch.keyword_scores, tiles),
+        categories=_rows(batch.categories, tiles),
     )
 
 

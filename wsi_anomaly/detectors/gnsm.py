@@ -1,0 +1,252 @@
+"""The GNSM detector: combinations of what keywords and cohort say of a tile. Looks at categories, never at pixels.
+
+Gumbel-noise score matching (Mahmood, "Score-based anomaly detection", thesis, chapter 4): a network learns which way
+leads back from noisy categories to those of normal tissue. How far it would go from the categories of a new tile, at
+several amounts of noise, tells how usual they are.
+"""
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from jaxtyping import Float32, Int64
+from pydantic import Field, PositiveInt, PrivateAttr
+
+from wsi_anomaly.detectors.density import (
+    Density,
+    DensityName,
+    fit_density,
+    load_density,
+    require_items,
+    save_density,
+)
+from wsi_anomaly.detectors.gathered import forget, gathered
+from wsi_anomaly.detectors.gnsm_network import GnsmNetwork, noise_loss, score_norms
+from wsi_anomaly.detectors.protocol import TileBatch, TileSource
+from wsi_anomaly.detectors.sampling import even_sample
+from wsi_anomaly.detectors.training import Learner, TrainingOptions, fit_identity, split_tiles, train
+from wsi_anomaly.detectors.weights import load_weights, write_whole
+from wsi_anomaly.devices import resolve_device
+from wsi_anomaly.errors import ModelError, OptionsError
+from wsi_anomaly.options import Options
+
+VARIABLES = "variables.json"
+FORMAT_VERSION = 1
+
+Codes = Int64[np.ndarray, "tile variable"]
+
+
+class GnsmTraining(TrainingOptions):
+    """How long and how fast to learn. Categories are small: many epochs take less time than reading the tiles once."""
+
+    learning_rate: float = Field(1e-3, gt=0)
+    batch_size: int = Field(256, ge=1)
+    max_epochs: int = Field(200, ge=1)
+    patience: int = Field(20, ge=1)
+    held_out_fraction: float = Field(0.3, gt=0, lt=1)
+    """The density is made of these tiles: the network knows the others too well."""
+
+
+class Gnsm(Options):
+    """Learns which keywords and facts of the cohort go together in normal tissue.
+
+    It finds values that normal tissue does not have better than unusual combinations of usual ones.
+    """
+
+    score_names: ClassVar[tuple[str, ...]] = ("gnsm",)
+    paper: ClassVar[str] = "Mahmood, thesis, chapter 4"
+    needs: ClassVar[tuple[str, ...]] = ("prompts",)
+
+    width: PositiveInt = 96
+    blocks: PositiveInt = 2
+    density: DensityName = "gmm"
+    most_tiles: PositiveInt = 50_000
+    """How many tiles are read to learn from, evenly from all slides."""
+    training: GnsmTraining = GnsmTraining()
+    _categories: dict[str, tuple[int, ...]] = PrivateAttr(default_factory=dict)
+
+    def on_categories(self, categories: Mapping[str, tuple[int, ...]]) -> "Gnsm":
+        """The same detector with the keyword columns of each category. Without, all keywords are one category.
+
+        Raises:
+            OptionsError: a category has no keywords.
+        """
+        if empty := [name for name, columns in categories.items() if not columns]:
+            raise OptionsError(f"the keyword category '{empty[0]}' has no keywords. Leave it out, or give it some.")
+        grouped = self.model_copy()
+        grouped._categories = dict(categories)  # noqa: SLF001 - a copy of its own class
+        return grouped
+
+    def fit(self, tiles: TileSource, checkpoint: Path, *, device: str) -> None:
+        """Learn the categories of normal tiles and leave network and density in the folder `checkpoint`.
+
+        Goes on from an unfinished fit with the same options, categories and tiles.
+
+        Raises:
+            CohortError: there are too few tiles to learn from and to hold out.
+            OptionsError: the tiles have no keyword scores, or the categories name more keywords than they have.
+            ModelError: training diverged.
+        """
+        place, training = resolve_device(device), self.training
+        chosen = even_sample(tiles.groups, self.most_tiles, seed=training.seed)
+        require_items(self.density, math.floor(len(chosen) * training.held_out_fraction))
+        recipe = self.model_dump(mode="json") | {"categories": self._categories}
+        identity = fit_identity(tiles, recipe)
+        if _is_fitted(checkpoint, identity):
+            return
+        read = partial(_codes, categories=self._categories)
+        codes = gathered(tiles, chosen, read, folder=checkpoint, identity=identity)
+        variables = _variables(codes, self._categories)
+        codes, groups = variables.known(codes), tiles.groups[chosen]
+        network = self._network(variables).to(place)
+        optimizer = torch.optim.AdamW(network.parameters(), training.learning_rate, weight_decay=1e-4)
+        learner = Learner(network, optimizer, noise_loss(network, place), self._architecture(variables))
+        train(learner, _CodeSource(codes, groups), training, folder=checkpoint, recipe=recipe | {"tiles": identity})
+        held_out = split_tiles(groups, training.held_out_fraction, seed=training.seed)[1]
+        vectors = score_norms(network.eval(), codes[held_out], place)
+        save_density(fit_density(self.density, vectors, seed=training.seed), checkpoint)
+        content = json.dumps({"format_version": FORMAT_VERSION, "identity": identity, **asdict(variables)}, indent=1)
+        write_whole(checkpoint / VARIABLES, lambda file: file.write(content.encode()))
+        forget(checkpoint)
+
+    def load(self, checkpoint: Path, *, device: str) -> "GnsmScorer":
+        """The scorer whose weights `fit` left in `checkpoint`.
+
+        Raises:
+            ModelError: the weights are missing, damaged, of another format or architecture, or of other categories.
+            OptionsError: the device does not exist.
+        """
+        place = resolve_device(device)
+        variables = _read_variables(checkpoint / VARIABLES)
+        if self._categories and self._categories != variables.categories:
+            raise ModelError(
+                f"{checkpoint}: was fitted to other keyword categories ({', '.join(variables.categories)}). "
+                "Use the keyword list that it was fitted with, or fit it again."
+            )
+        network = self._network(variables)
+        load_weights(network, checkpoint, self._architecture(variables))
+        return GnsmScorer(network.to(place).eval(), load_density(checkpoint), variables, place)
+
+    def _network(self, variables: "_Variables") -> GnsmNetwork:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.training.seed)
+            return GnsmNetwork(variables.outcomes, self.width, self.blocks)
+
+    def _architecture(self, variables: "_Variables") -> dict[str, Any]:
+        outcomes = list(variables.outcomes)
+        return {"detector": "gnsm", "outcomes": outcomes, "width": self.width, "blocks": self.blocks}
+
+
+@dataclass(frozen=True, slots=True)
+class GnsmScorer:
+    """A fitted GNSM. The scores of a tile do not depend on the other tiles of its batch."""
+
+    network: GnsmNetwork
+    density: Density
+    variables: "_Variables"
+    device: torch.device
+
+    def score(self, batch: TileBatch) -> Float32[np.ndarray, "tile 1"]:
+        """-log p of the tile's score norms under the density of normal ones.
+
+        Raises:
+            OptionsError: the tiles lack keyword scores, or have other keywords or cohort columns than were learnt.
+        """
+        return self.density.anomaly(self.vectors(batch))[:, None]
+
+    def vectors(self, batch: TileBatch) -> Float32[np.ndarray, "tile level"]:
+        """The norm of the score of each tile at each temperature."""
+        codes = self.variables.known(_codes(batch, self.variables.categories))
+        return score_norms(self.network, codes, self.device)
+
+
+@dataclass(frozen=True, slots=True)
+class _Variables:
+    """What is known of a tile: the top keyword of each category, then the columns of the cohort."""
+
+    categories: dict[str, tuple[int, ...]]
+    outcomes: tuple[int, ...]
+    """How many values each variable has; the last is for all that the fit did not see."""
+
+    def known(self, codes: Codes) -> Codes:
+        """The same with what is unknown as the last outcome.
+
+        Raises:
+            OptionsError: there are more or fewer variables.
+        """
+        if codes.shape[1] != len(self.outcomes):
+            names = ", ".join(self.categories) or "of all keywords"
+            raise OptionsError(
+                f"the tiles have {codes.shape[1]} categories, {len(self.outcomes)} were learnt: {names}, and "
+                f"{len(self.outcomes) - max(1, len(self.categories))} columns of the cohort. Give the same columns."
+            )
+        last = np.array(self.outcomes) - 1
+        return np.where((codes < 0) | (codes > last), last, codes)
+
+
+@dataclass(frozen=True, slots=True)
+class _CodeSource:
+    """The categories of tiles as a source that is in memory: their pixels are of no use any more."""
+
+    codes: Codes
+    groups: Int64[np.ndarray, " tile"]
+
+    def __len__(self) -> int:
+        return len(self.codes)
+
+    def read(self, indices: Int64[np.ndarray, " _"]) -> TileBatch:
+        pixels = np.zeros((len(indices), 1, 1, 3), np.uint8)
+        return TileBatch(pixels, np.zeros(len(indices), np.uint64), (), categories=self.codes[indices])
+
+
+def _codes(batch: TileBatch, categories: Mapping[str, tuple[int, ...]]) -> Codes:
+    if batch.keyword_scores is None:
+        raise OptionsError(
+            "the detector 'gnsm' looks at the keywords of tiles, and these have none. Add a table [prompt] to the "
+            "pipeline file."
+        )
+    width = batch.keyword_scores.shape[1]
+    groups = list(categories.values()) or [tuple(range(width))]
+    if (most := max(map(max, groups))) >= width:
+        raise OptionsError(
+            f"the keyword categories name column {most}, and tiles have scores of {width} keywords. "
+            "Use the keyword list that the tiles were compared with."
+        )
+    tops = [batch.keyword_scores[:, list(columns)].argmax(axis=1) for columns in groups]
+    cohort = () if batch.categories is None else batch.categories.T
+    return np.column_stack([*tops, *cohort]).astype(np.int64)
+
+
+def _variables(codes: Codes, categories: Mapping[str, tuple[int, ...]]) -> _Variables:
+    return _Variables(dict(categories), tuple(int(most) + 2 for most in codes.max(axis=0)))
+
+
+def _read_variables(path: Path) -> _Variables:
+    try:
+        content = json.loads(path.read_bytes())
+        if content["format_version"] != FORMAT_VERSION:
+            raise ModelError(
+                f"{path}: its format version is {content['format_version']}, this version of wsi-anomaly reads "
+                f"{FORMAT_VERSION}. Use the version that made the model, or fit it again."
+            )
+        categories = {str(name): tuple(map(int, columns)) for name, columns in content["categories"].items()}
+        return _Variables(categories, tuple(map(int, content["outcomes"])))
+    except FileNotFoundError as error:
+        raise ModelError(
+            f"{path}: is missing: the model is of another detector, its fit was not finished, or not all of it copied."
+        ) from error
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelError(f"{path}: is damaged ({error}). Copy the model again, or fit it anew.") from error
+
+
+def _is_fitted(folder: Path, identity: str) -> bool:
+    try:
+        return bool(json.loads((folder / VARIABLES).read_bytes())["identity"] == identity)
+    except (OSError, ValueError, KeyError, TypeError):
+        return False

@@ -1,0 +1,100 @@
+"""What a trained VAE says of crops: how unlikely they are, and how much less so after a look. Knows no tile, no file.
+
+Noise is given, never drawn: the number of a crop is the same whatever other crops come with it.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Literal
+
+import imagecodecs
+import numpy as np
+import torch
+from jaxtyping import Float32, Float64, Int64, UInt8
+from pydantic import Field, PositiveInt
+from torch.func import functional_call, vmap
+
+from wsi_anomaly.detectors.vae_network import Crops, PerCrop, Posterior, VaeNetwork, evidence, posterior_of
+from wsi_anomaly.devices import intensities
+from wsi_anomaly.options import Options
+
+Compression = Literal["png", "jpeg2000"]
+Draws = Float32[torch.Tensor, "crop draw latent"]
+
+
+class RegretOptions(Options):
+    """How the encoder is fitted to one crop: as in Xiao et al. (2020)."""
+
+    steps: PositiveInt = 100
+    learning_rate: float = Field(2e-4, gt=0)
+    weight_decay: float = Field(5e-5, ge=0)
+
+
+def unlikeliness(network: VaeNetwork, posterior: Posterior, draws: Draws, crops: Crops) -> PerCrop:
+    """Negative log-likelihood of each crop in nats, bounded from above by importance-weighted draws.
+
+    Burda et al., "Importance Weighted Autoencoders" (ICLR 2016), eq. 8. One draw of all crops is decoded at a time.
+    """
+    weights = [_log_weights(network, posterior, noise, crops) for noise in draws.unbind(1)]
+    return math.log(len(weights)) - torch.stack(weights, 1).logsumexp(1)
+
+
+def adapted(network: VaeNetwork, crops: Crops, draws: Draws, options: RegretOptions) -> Posterior:
+    """What encoders believe that were fitted to one crop each, by one draw a step; the network stays as it is.
+
+    Likelihood regret is how much less unlikely a crop is by this posterior than by the network's own: Xiao et al.
+    (2020), equation 5. There one crop is fitted after the other. Here the copies of the encoder lie side by side and
+    are applied as one; no weight is shared, so the sum of all losses has each copy's own gradient, and Adam, which
+    treats every number alone, takes each copy's own step.
+    """
+    encoder, images = network.encoder, intensities(crops)
+    weights = {
+        name: weight.detach().expand(len(crops), *weight.shape).clone().requires_grad_()
+        for name, weight in encoder.named_parameters()
+    }
+    buffers = dict(encoder.named_buffers())
+
+    def encode(own: dict[str, torch.Tensor], image: torch.Tensor) -> torch.Tensor:
+        return functional_call(encoder, (own, buffers), (image[None],))[0]
+
+    encode_all: Callable[..., torch.Tensor] = vmap(encode)
+    optimizer = torch.optim.Adam(
+        list(weights.values()), options.learning_rate, weight_decay=options.weight_decay, fused=True
+    )
+    with torch.enable_grad():
+        for noise in draws.unbind(1):
+            optimizer.zero_grad()
+            loss = -evidence(network, posterior_of(encode_all(weights, images)), noise, crops).sum()
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+    with torch.no_grad():
+        return posterior_of(encode_all(weights, images))
+
+
+def compressed_bits(crops: UInt8[np.ndarray, "crop y x rgb"], compression: Compression) -> Int64[np.ndarray, " crop"]:
+    """How many bits a lossless compressor leaves of each crop."""
+    return np.array([8 * len(_COMPRESSORS[compression](np.ascontiguousarray(crop))) for crop in crops], np.int64)
+
+
+def in_bits(nats: Float64[np.ndarray, " crop"]) -> Float64[np.ndarray, " crop"]:
+    """Compressed sizes are in bits, and nobody may subtract them from nats."""
+    return nats / math.log(2)
+
+
+def _log_weights(network: VaeNetwork, posterior: Posterior, noise: torch.Tensor, crops: Crops) -> PerCrop:
+    """One draw of each crop: log p(x|z) + log p(z) - log q(z|x), where the constants of normal densities cancel."""
+    latents = posterior.at(noise)
+    ratio = noise.square() + posterior.log_variance - latents.square()
+    return network.log_likelihoods(latents, crops) + ratio.sum(dim=1, dtype=torch.float64) / 2
+
+
+def _png(crop: UInt8[np.ndarray, "y x rgb"]) -> bytes:
+    return bytes(imagecodecs.png_encode(crop, level=9))
+
+
+def _jpeg2000(crop: UInt8[np.ndarray, "y x rgb"]) -> bytes:
+    # Without the boxes of a file, which have nothing to do with the picture.
+    return bytes(imagecodecs.jpeg2k_encode(crop, reversible=True, codecformat="j2k"))
+
+
+_COMPRESSORS: dict[str, Callable[[UInt8[np.ndarray, "y x rgb"]], bytes]] = {"png": _png, "jpeg2000": _jpeg2000}
