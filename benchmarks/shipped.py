@@ -58,7 +58,7 @@ def speed(work: Path, side_px: int) -> str:
     """Of the command over one slide, from nothing."""
     slide, out = work / f"slide-{side_px}.tif", work / f"timed-{side_px}-{time.time_ns()}"
     if not slide.exists():
-        write_slide(slide, seed=SEED, size_px=(side_px, side_px), anomalies=["metastasis"])
+        write_slide(slide, seed=SEED, size_px=(side_px, side_px), anomalies=["metastasis"], varied=True)
     command = [sys.executable, "-m", "wsi_anomaly", "run", str(slide), "--out", str(out), "--device", "cpu"]
     started = time.perf_counter()
     process = subprocess.Popen([*command, "--quiet"])
@@ -106,7 +106,7 @@ def slides_found(model: Model, work: Path, number: int) -> str:
     for n, kinds in enumerate(planted):
         path = folder / f"slide_{n:02}.tif"
         if not path.exists():
-            write_slide(path, seed=SEED + 1 + n, size_px=(3072, 3072), anomalies=kinds)
+            write_slide(path, seed=SEED + 1 + n, size_px=(3072, 3072), anomalies=kinds, varied=True)
     slides = read_cohort([folder])[:number]
     summary = run(slides, model, work / "results", resources=Resources(device="cpu"), listener=lambda _: None)
     rows = sorted(summary.rows, key=lambda row: row.slide_id)

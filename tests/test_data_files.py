@@ -27,8 +27,10 @@ DISEASE = (
 
 @pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.toml")), ids=lambda path: path.relative_to(PACKAGE).as_posix())
 def test_every_toml_file_is_valid_and_of_a_known_kind(path: Path) -> None:
-    """Pipelines, keywords, and what may be said of made-up structures; their first line says what they are."""
-    assert path.parent in {PACKAGE / "pipelines", PACKAGE / "keywords"} or path.name == "structures.toml"
+    """Pipelines, keywords, the same two of models that ship, and what may be said of made-up structures."""
+    of_model = path.parent.parent == PACKAGE / "models" and path.name in {"pipeline.toml", "keywords.toml"}
+    known = path.parent in {PACKAGE / "pipelines", PACKAGE / "keywords"}
+    assert known or of_model or path.name == "structures.toml"
     assert tomllib.loads(path.read_text(encoding="utf-8"))
 
 

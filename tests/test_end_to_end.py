@@ -506,10 +506,12 @@ def test_a_slide_with_bounds_is_tiled_within_them_and_exported_as_qupath_sees_it
 
 @pytest.mark.slow
 def test_the_demo_finds_what_it_planted(tmp_path: Path) -> None:
-    """Slide AUROC 1.0, tile AUROC at least 0.95, on the slides that every newcomer sees."""
+    """Slide AUROC 1.0, tile AUROC at least 0.88, on the slides that every newcomer sees; pictures of each slide."""
     found = demonstrate(tmp_path, resources=Resources(device="cpu"), listener=ignore)
     assert found.evaluation.measures["slide_auroc_z_max"] == 1.0
     assert found.evaluation.measures["slide_auroc_z_99"] == 1.0
-    assert (found.evaluation.measures["tile_auroc"] or 0.0) >= 0.95
+    assert (found.evaluation.measures["tile_auroc"] or 0.0) >= 0.88
+    for slide in found.summary.folder.slides():
+        assert all(path.exists() for path in (slide.heatmap_picture, slide.prompt_picture, slide.score_picture))
     assert found.most_abnormal.regions.exists()
     assert found.truth.exists()

@@ -65,7 +65,7 @@ def test_it_is_small_sealed_and_in_half_precision() -> None:
         if path.parent.name != "detector":  # an adapter is as peft saves it
             assert {tensor.dtype for tensor in load_file(path).values()} == {torch.float16}, path
     card = (MODEL / "card.md").read_text()
-    for word in ("PatchCamelyon", "CC0", "training/diffusion.py", "seed", "AUROC", "not for diagnosis"):
+    for word in ("PatchCamelyon", "CC0", "diffusion.py base", "seed", "AUROC", "not for diagnosis"):
         assert word in card, word
 
 
@@ -93,7 +93,7 @@ def test_the_five_nearest_keywords_of_a_made_up_tile_hold_a_true_one(prompter: P
         true = set(keywords_of(truth.shares)) & set(prompter.keywords)
         if true:
             hits.append(bool(true & {text for text, _ in prompt}))
-    assert len(hits) > 60
+    assert len(hits) >= 60
     assert np.mean(hits) >= 0.9
 
 
@@ -159,7 +159,7 @@ def test_weights_of_another_dtype_are_refused_by_file(tmp_path: Path) -> None:
     for name in (UNET, "image-text/model.safetensors"):
         path = copy / name
         save_file({key: tensor.to(torch.int8) for key, tensor in load_file(path).items()}, path)
-        with pytest.raises(ModelError, match="int8"):
+        with pytest.raises(ModelError, match=r"is torch.int8|dtype I8"):
             load_parts(copy)
         shutil.copyfile(MODEL / name, path)
 
@@ -167,6 +167,7 @@ def test_weights_of_another_dtype_are_refused_by_file(tmp_path: Path) -> None:
 def load_parts(model: Path) -> None:
     """Seal a copy anew and load base and image-text model from it."""
     known = read_model(MODEL)
+    (model / "manifest.json").unlink()
     write_manifest(model, recipe_digest="", image_text_model={"name": "conch", "digest": known.image_text_digest or ""})
     from wsi_anomaly.detectors.diffusion.backbone import load_backbone
     from wsi_anomaly.prompts.conch import Conch

@@ -47,7 +47,7 @@ def fill(network: nn.Module, weights: Weights, *, path: Path, ignored: Sequence[
     `ignored` are the beginnings of names that the network has no use for; every other name and shape must fit.
 
     Raises:
-        ModelError: says which tensors are missing, unexpected or of another shape, and the `remedy`.
+        ModelError: says which tensors are missing, unexpected, of another shape or no floats, and the `remedy`.
     """
     wanted = network.state_dict()
     found = {name: tensor for name, tensor in weights.items() if name in wanted or not name.startswith(tuple(ignored))}
@@ -60,6 +60,14 @@ def fill(network: nn.Module, weights: Weights, *, path: Path, ignored: Sequence[
                 f"{name} is {list(found[name].shape)}, not {list(tensor.shape)}"
                 for name, tensor in wanted.items()
                 if name in found and found[name].shape != tensor.shape
+            ],
+        ),
+        _some(
+            "of another dtype",
+            [
+                f"{name} is {found[name].dtype}"
+                for name, tensor in wanted.items()
+                if name in found and tensor.is_floating_point() and not found[name].is_floating_point()
             ],
         ),
     ]

@@ -179,7 +179,7 @@ class Colours:
 def test_tile_and_reconstruction_are_compared_as_the_image_text_model_sees_them(
     checkpoint: Path, tiny_base: Path
 ) -> None:
-    """By the angle between the two, and by how near the tile is to what is abnormal, less half for the other; in any batch the same."""
+    """By their angle, and by how near the tile is to what is abnormal, less half for the other; alike in any batch."""
     detecting = detector(tiny_base, scores=["embedding", "keyword_shift"]).perceiving(Colours)
     scorer = detecting.load(checkpoint, device="cpu")
     batch = batch_of(smooth_tiles(5, 64, seed=3))

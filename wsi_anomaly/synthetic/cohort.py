@@ -37,12 +37,14 @@ def write_slide(
     size_px: tuple[int, int] = (4096, 4096),
     mpp: float = 0.5,
     anomalies: Sequence[AnomalyKind] = (),
+    varied: bool = False,
 ) -> tuple[Anomaly, ...]:
     """Write one slide of a lymph node, and say which anomalies were planted where.
 
-    The same seed gives the same bytes. Cells are drawn for 0.5 µm a pixel; `mpp` is only what the file says.
+    The same seed gives the same bytes. Cells are drawn for 0.5 µm a pixel; `mpp` is only what the file says. `varied`
+    as in `draw_slide`.
     """
-    slide = draw_slide(seed, size_px=size_px, anomalies=anomalies)
+    slide = draw_slide(seed, size_px=size_px, anomalies=anomalies, varied=varied)
     write_virtual_slide(path, slide, mpp=mpp)
     return slide.anomalies
 
@@ -69,11 +71,12 @@ def write_cohort(
     normal_slides: int = 4,
     normal_test_slides: int = 2,
     abnormal_test_slides: int = 2,
+    varied: bool = False,
 ) -> Cohort:
     """Write slides to learn from and slides to test on, with the labels and outlines of the latter.
 
     Leaves `normal/`, `test/`, `annotations/` and `labels.csv` in `folder`. Abnormal slides have, in turn, a metastasis,
-    a necrosis, both.
+    a necrosis, both. `varied`: each slide of any stain, scanner and grade of tumour.
     """
     for name in ("normal", "test", "annotations"):
         (folder / name).mkdir(parents=True, exist_ok=True)
@@ -83,7 +86,7 @@ def write_cohort(
     ]
     sick = [()] * (normal_slides + normal_test_slides) + list(islice(cycle(_SICK), abnormal_test_slides))
     for number, (path, kinds) in enumerate(zip(normal + test, sick, strict=True)):
-        planted = write_slide(path, seed=1000 * seed + number, size_px=size_px, anomalies=kinds)
+        planted = write_slide(path, seed=1000 * seed + number, size_px=size_px, anomalies=kinds, varied=varied)
         if planted:
             write_annotations(folder / "annotations" / f"{path.stem}.geojson", planted)
     labels = folder / "labels.csv"

@@ -14,7 +14,7 @@ from jaxtyping import Float
 from transformers import CLIPTextModel, CLIPTokenizer
 from transformers.utils import logging as transformers_logging
 
-from wsi_anomaly.detectors.diffusion.base_files import SCHEDULE, BaseFiles, base_files, read_table
+from wsi_anomaly.detectors.diffusion.base_files import SCHEDULE, BaseFiles, base_files, read_table, require_floats
 from wsi_anomaly.errors import ModelError, OptionsError
 
 Images = Float[torch.Tensor, "tile rgb y x"]
@@ -62,6 +62,7 @@ def load_backbone(base: str, *, offline: bool) -> Backbone:
     """
     files = base_files(base, offline=offline)
     _refuse_strangers(files)
+    require_floats(files)
     with (
         quiet_libraries(),
         torch.random.fork_rng(devices=[]),

@@ -63,6 +63,17 @@ class BaseFiles:
         return whole.hexdigest()
 
 
+def require_floats(files: BaseFiles) -> None:
+    """Refuse integers of quantised models, which would be taken for weights. Pickles are looked at in loading.
+
+    Raises:
+        ModelError: a file is damaged, or holds weights that are no floats.
+    """
+    for path in files.weights.values():
+        if path.suffix == ".safetensors":
+            _require_floats(path)
+
+
 def base_files(base: str, *, offline: bool) -> BaseFiles:
     """The files of a base: a folder of diffusers, else a repository of the hub.
 
@@ -138,6 +149,20 @@ def _complete(folder: Path) -> BaseFiles:
     return BaseFiles(folder, MappingProxyType({part: path for part, path in found.items() if path}))
 
 
+def _require_floats(path: Path) -> None:
+    try:
+        with path.open("rb") as file:
+            header = json.loads(_header(file)[_LENGTH_BYTES:])
+        kinds = {entry["dtype"] for name, entry in header.items() if name.endswith((".weight", ".bias"))}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelError(f"{path}: is damaged, or no file of weights ({error}). {_COPY}") from error
+    if strange := sorted(kinds - _FLOATS):
+        raise ModelError(
+            f"{path}: holds weights of dtype {', '.join(strange)}, which are no floats: a quantised model cannot be "
+            "used. Give the model in half or full precision."
+        )
+
+
 def _first(folder: Path, names: tuple[str, ...]) -> Path | None:
     return next((folder / name for name in names if (folder / name).is_file()), None)
 
@@ -187,17 +212,20 @@ def _fingerprint(path: Path) -> str:
 
 def _telling(file: IO[bytes]) -> Iterator[bytes]:
     """Header and both ends of each tensor of a safetensors file: https://github.com/huggingface/safetensors#format."""
-    length = file.read(_LENGTH_BYTES)
-    header = file.read(min(int.from_bytes(length, "little"), _LONGEST_HEADER))
-    yield length + header
-    data = _LENGTH_BYTES + len(header)
-    for start, end in sorted(
-        entry["data_offsets"] for name, entry in json.loads(header).items() if name != "__metadata__"
-    ):
+    header = _header(file)
+    yield header
+    data, table = len(header), json.loads(header[_LENGTH_BYTES:])
+    for start, end in sorted(entry["data_offsets"] for name, entry in table.items() if name != "__metadata__"):
         file.seek(data + start)
         yield file.read(min(end - start, _END_BYTES))
         file.seek(data + max(start, end - _END_BYTES))
         yield file.read(min(end - start, _END_BYTES))
+
+
+def _header(file: IO[bytes]) -> bytes:
+    """With the length that it begins with."""
+    length = file.read(_LENGTH_BYTES)
+    return length + file.read(min(int.from_bytes(length, "little"), _LONGEST_HEADER))
 
 
 PREDICTIONS = ("epsilon", "v_prediction")
@@ -250,6 +278,7 @@ _CONVERT = (
     "folder."
 )
 _COPY = "Copy all of the model's folder, with large files as they are and not as pointers of git-lfs."
+_FLOATS = {"F16", "BF16", "F32", "F64"}
 _LENGTH_BYTES = 8
 _LONGEST_HEADER = 100_000_000
 _END_BYTES = 4096

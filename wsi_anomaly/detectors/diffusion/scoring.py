@@ -3,13 +3,14 @@
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from jaxtyping import Float32, UInt8
 
-from wsi_anomaly.detectors.diffusion.restoring import Images, Restored, Restorer
+from wsi_anomaly.detectors.diffusion.restoring import Images, Restorer
 from wsi_anomaly.detectors.perceptual import Lpips
 from wsi_anomaly.detectors.protocol import Perception, TileBatch
 from wsi_anomaly.detectors.residuals import ms_ssim, mse, squared_error_map
@@ -63,10 +64,9 @@ class DiffusionScorer:
 
     def score(self, batch: TileBatch) -> Float32[np.ndarray, "tile score"]:
         """One column for each of `names_of`; NaN for a tile whose reconstruction holds no number."""
-        restored = self.restorer.restore(batch)
-        columns = [
-            self._score(name, batch, restored, start) for start in range(len(restored.after)) for name in self.scores
-        ]
+        starts = range(len(self.restorer.restore(batch).after))
+        comparisons = [_Comparison(self, batch, start) for start in starts]
+        columns = [self._score(name, comparison) for comparison in comparisons for name in self.scores]
         table = np.stack(columns, axis=1)
         if failed := int((~np.isfinite(table)).any(axis=1).sum()):
             log.warning("%d tiles could not be restored: the network's output is no number", failed)
@@ -77,42 +77,22 @@ class DiffusionScorer:
         restored = self.restorer.restore(batch)
         images = to_tensor(batch.pixels, torch.device("cpu"))
         maps = [
-            self.restorer.in_portions(lambda a, b: squared_error_map(a, self._decoded(b)), images, after)
+            self.restorer.in_portions(lambda a, b: squared_error_map(a, self.decoded(b)), images, after)
             for after in restored.after
         ]
         return np.asarray(np.mean(maps, axis=0), np.float32)
 
     def reconstruct(self, batch: TileBatch) -> UInt8[np.ndarray, "tile y x rgb"]:
         """Each tile as it comes back from the first of the starting timesteps."""
-        return to_pixels(torch.from_numpy(np.nan_to_num(self._rebuilt(batch, 0)))).numpy()
+        return _Comparison(self, batch, 0).pixels
 
-    def _score(self, name: ScoreName, batch: TileBatch, restored: Restored, start: int) -> Float32[np.ndarray, " tile"]:
-        after = restored.after[start]
+    def _score(self, name: ScoreName, compared: "_Comparison") -> Float32[np.ndarray, " tile"]:
         if name == "mse_latent":
-            return self.restorer.in_portions(mse, restored.before, after)
+            return self.restorer.in_portions(mse, compared.restored.before, compared.after)
         if name in SEEN:
-            return self._seen(name, batch, self._rebuilt(batch, start))
-        compare = self._pixel_score(name)
-        images = to_tensor(batch.pixels, torch.device("cpu"))
-        return self.restorer.in_portions(lambda a, b: compare(a, self._decoded(b)), images, after)
-
-    def _seen(
-        self, name: ScoreName, batch: TileBatch, rebuilt: Float32[np.ndarray, "tile rgb y x"]
-    ) -> Float32[np.ndarray, " tile"]:
-        assert self.perception is not None, "loaded with the detector"  # noqa: S101 - for the type checker
-        if not len(batch):
-            return np.zeros(0, np.float32)
-        before = self.perception.embed(batch.pixels)
-        after = self.perception.embed(to_pixels(torch.from_numpy(np.nan_to_num(rebuilt))).numpy())
-        if name == "embedding":
-            values = np.array([1 - np.dot(a, b) for a, b in zip(before, after, strict=True)], np.float32)
-        else:
-            values = self.perception.abnormality(before) - SHARE_OF_REBUILT * self.perception.abnormality(after)
-        values[~np.isfinite(rebuilt).all(axis=(1, 2, 3))] = np.nan
-        return values
-
-    def _rebuilt(self, batch: TileBatch, start: int) -> Float32[np.ndarray, "tile rgb y x"]:
-        return self.restorer.in_portions(self._decoded, self.restorer.restore(batch).after[start])
+            return compared.seen_apart(name)
+        images = to_tensor(compared.batch.pixels, torch.device("cpu"))
+        return self.restorer.in_portions(self._pixel_score(name), images, torch.from_numpy(compared.images))
 
     def _pixel_score(self, name: ScoreName) -> PixelScore:
         if name == "lpips":
@@ -120,5 +100,50 @@ class DiffusionScorer:
             return self.lpips
         return mse if name == "mse_pixel" else ms_ssim
 
-    def _decoded(self, latents: torch.Tensor) -> Images:
+    def decoded(self, latents: torch.Tensor) -> Images:
+        """Latents as intensities in [0, 1]."""
         return self.restorer.network.decode(latents).float().clamp(0, 1)
+
+
+class _Comparison:
+    """Some tiles and what came back of them from one start: decoded once, and seen once, for all scores."""
+
+    def __init__(self, scorer: DiffusionScorer, batch: TileBatch, start: int) -> None:
+        self.batch, self.restored = batch, scorer.restorer.restore(batch)
+        self.after = self.restored.after[start]
+        self._scorer = scorer
+
+    @cached_property
+    def images(self) -> Float32[np.ndarray, "tile rgb y x"]:
+        """Reconstructions, as intensities; NaN where the network failed."""
+        return self._scorer.restorer.in_portions(self._scorer.decoded, self.after)
+
+    @property
+    def pixels(self) -> UInt8[np.ndarray, "tile y x rgb"]:
+        """The same as pixels; black where the network failed."""
+        return to_pixels(torch.from_numpy(np.nan_to_num(self.images))).numpy()
+
+    def seen_apart(self, name: ScoreName) -> Float32[np.ndarray, " tile"]:
+        """How far apart the two are as the image-text model sees them."""
+        if not len(self.batch):
+            return np.zeros(0, np.float32)
+        perception, (before, after) = self._perception, self._seen
+        if name == "embedding":
+            values: Float32[np.ndarray, " tile"] = np.array(
+                [1 - np.dot(a, b) for a, b in zip(before, after, strict=True)], np.float32
+            )
+        else:
+            rebuilt = np.float32(SHARE_OF_REBUILT) * perception.abnormality(after)
+            values = np.asarray(perception.abnormality(before) - rebuilt, np.float32)
+        values[~np.isfinite(self.images).all(axis=(1, 2, 3))] = np.nan
+        return values
+
+    @cached_property
+    def _seen(self) -> tuple[Float32[np.ndarray, "tile d"], Float32[np.ndarray, "tile d"]]:
+        return self._perception.embed(self.batch.pixels), self._perception.embed(self.pixels)
+
+    @property
+    def _perception(self) -> Perception:
+        perception = self._scorer.perception
+        assert perception is not None, "loaded with the detector"  # noqa: S101 - for the type checker
+        return perception
