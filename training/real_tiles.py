@@ -79,7 +79,9 @@ def _regions(folder: Path) -> Iterator[Tile]:
 def _pictures(folder: Path, pattern: str) -> Iterator[Image.Image]:
     paths = sorted(folder.glob(pattern))
     if not paths:
-        raise CohortError(f"{folder}: holds no pictures {pattern}")
+        raise CohortError(
+            f"{folder}: holds no pictures {pattern}. Give the folder in which they lie themselves, not one above it."
+        )
     for path in paths:
         with Image.open(path) as picture:
             yield picture.convert("RGB")
