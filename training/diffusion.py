@@ -1,10 +1,10 @@
 """Teach a small Stable Diffusion from nothing: first its VAE, then UNet and text encoder. Draws no tiles.
 
-    python training/diffusion.py vae --tiles FOLDER --out FOLDER [--start FOLDER] [--steps 6000] [--batch-size 16] [...]
+    python training/diffusion.py vae --tiles FOLDER --out FOLDER [--steps 6000] [--batch-size 16] [...]
     python training/diffusion.py base --tiles FOLDER --vae FOLDER --out FOLDER [--steps 12000] [--half] [...]
 
-Both: [--seed 0] [--device auto] [--size small|tiny]. Each tile is learnt under its own prompt, one in ten under none.
-
+Both: [--start FOLDER] [--learning-rate 1e-3] [--seed 0] [--device auto] [--size small|tiny]. --start goes on from
+what a finished training left. Each tile is learnt under its own prompt, one in ten under none.
 A killed training goes on when the command is run again. OUT of `vae` gets the VAE, its history and pictures; OUT of
 `base` gets a whole folder of diffusers, with --half in half precision, and OUT/training history and pictures: loss.png,
 and samples.png with some tiles as the model restores them from noise.
@@ -26,17 +26,17 @@ from jaxtyping import Int64, UInt8
 from rich.console import Console
 from safetensors.torch import load_file, save
 from scipy.special import ndtr
-from vae import Latents, PerTile, Size, learn_vae, load_vae, vae_digest
+from vae import COLOUR_WEIGHT, Latents, PerTile, Size, learn_vae, load_vae, vae_digest
 
 from wsi_anomaly.torchvision_shim import make_importable
 
 make_importable()
 
-from diffusers import AutoencoderKL, UNet2DConditionModel  # noqa: E402
+from diffusers import UNet2DConditionModel  # noqa: E402
 from tiles import LessonTiles  # noqa: E402
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer  # noqa: E402
 
-from wsi_anomaly.detectors.diffusion.backbone import Backbone, quiet_libraries, write_backbone  # noqa: E402
+from wsi_anomaly.detectors.diffusion.backbone import Backbone, digest, load_backbone, quiet_libraries, write_backbone  # noqa: E402
 from wsi_anomaly.detectors.diffusion.latent import LatentDiffusion  # noqa: E402
 from wsi_anomaly.detectors.diffusion.latents import LatentCache, latent_cache, posterior_moments  # noqa: E402
 from wsi_anomaly.detectors.diffusion.learner import DiffusionLearner, DiffusionTrainingOptions, Draws  # noqa: E402
@@ -72,9 +72,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         tiles, options = LessonTiles(given.tiles), _options(given)
         if given.part == "vae":
-            learn_vae(tiles, given.out, options, size=given.size, start=given.start, device=given.device)
+            how = {"size": given.size, "start": given.start, "colour_weight": given.colour_weight}
+            learn_vae(tiles, given.out, options, **how, device=given.device)
         else:
-            learn_base(tiles, given.vae, given.out, options, size=given.size, device=given.device)
+            learn_base(tiles, given.vae, given.out, options, size=given.size, start=given.start, device=given.device)
             publish(given.out / "training" / "model", given.out, half=given.half)
     except WsiAnomalyError as error:
         raise SystemExit(f"error: {error}") from error
@@ -82,9 +83,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def learn_base(
-    tiles: TileSource, vae: Path, out: Path, options: DiffusionTrainingOptions, *, size: Size = "small", device: str
+    tiles: TileSource,
+    vae: Path,
+    out: Path,
+    options: DiffusionTrainingOptions,
+    *,
+    size: Size = "small",
+    start: Path | None = None,
+    device: str,
 ) -> None:
-    """Teach UNet and text encoder on the latents of a VAE, and leave them, with it, in `out`/training/model.
+    """Teach UNet and text encoder, new ones or those of a base, on the latents of a VAE.
+
+    They are left, with the VAE, in `out`/training/model.
 
     That is a whole folder of diffusers. Goes on from an unfinished training with the same arguments and tiles; a
     finished one is left as it is.
@@ -92,18 +102,21 @@ def learn_base(
     Raises:
         CohortError: there are no tiles.
         OptionsError: the device does not exist or has too little memory for one tile.
-        ModelError: there is no VAE, or training diverged.
+        ModelError: there is no VAE, no base at `start`, or training diverged.
     """
     place, folder = resolve_device(device), out / "training"
-    backbone = _new_backbone(size, load_vae(vae), seed=options.seed)
+    beginning = load_backbone(str(start), offline=True) if start else _new_backbone(size, seed=options.seed)
+    backbone = replace(beginning, vae=load_vae(vae))
     network = LatentDiffusion(backbone, place, precision="fp32", guidance=1.0)
     ends = tiles.read(np.array([0, len(tiles) - 1]))
     sizes = {"unet": _SIZES[size], "text_encoder": _TEXT_ENCODER, "vocabulary": backbone.tokenizer.get_vocab()}
+    if start:
+        sizes |= {"start": digest(str(start), offline=True)}
     recipe = {**sizes, "vae": vae_digest(vae), "dropout": CAPTION_DROPOUT, "prompts": ends.prompts}
     side = ends.pixels.shape[1] // backbone.downsampling
     shape = (backbone.vae.config.latent_channels, side, side)
     with latent_cache(folder, shape, tiles=len(tiles), identity=fit_identity(tiles, recipe)) as cache:
-        predictor = _Predictor(backbone.unet, backbone.text_encoder)
+        predictor = _Predictor(backbone.unet, backbone.text_encoder).requires_grad_().train()
         lesson = _Lesson(predictor, backbone, network.schedule, tiles, cache, place)
         learner = DiffusionLearner(
             network=predictor,
@@ -208,15 +221,15 @@ def _texts() -> list[str]:
     return [PREFIX, JOINER, *keywords, *names, *(template.replace("{}", "") for template in load_templates())]
 
 
-def _new_backbone(size: Size, vae: AutoencoderKL, *, seed: int) -> Backbone:
-    """UNet and text encoder as layers are drawn, to be learnt; the VAE stays as it is."""
+def _new_backbone(size: Size, *, seed: int) -> Backbone:
+    """UNet and text encoder as layers are drawn, to be learnt."""
     small = random_backbone("tiny", texts=_texts())  # for its tokenizer and schedule
     marks = {f"{mark}_token_id": getattr(small.tokenizer, f"{mark}_token_id") for mark in ("bos", "eos", "pad")}
     text_config = CLIPTextConfig(**_TEXT_ENCODER, vocab_size=len(small.tokenizer), **marks)
     with quiet_libraries(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         unet, text_encoder = UNet2DConditionModel(**_SIZES[size]), CLIPTextModel(text_config)
-    return replace(small, unet=unet, vae=vae, text_encoder=text_encoder)
+    return replace(small, unet=unet, text_encoder=text_encoder)
 
 
 def _halved(path: Path) -> bytes:
@@ -227,7 +240,7 @@ def _options(given: argparse.Namespace) -> DiffusionTrainingOptions:
     table = {
         "steps": given.steps,
         "batch_size": given.batch_size,
-        "learning_rate": 1e-3,
+        "learning_rate": given.learning_rate,
         "learning_rate_decay": "cosine",
         "ema_decay": 0.999,
         "precision": "fp32",
@@ -245,11 +258,13 @@ def _parser() -> argparse.ArgumentParser:
         part = parts.add_parser(name)
         part.add_argument("--tiles", type=Path, required=True)
         part.add_argument("--out", type=Path, required=True)
+        part.add_argument("--start", type=Path, help="go on from what this finished training left")
+        part.add_argument("--learning-rate", type=float, default=1e-3)
         for flag, default in (("--steps", steps), ("--batch-size", batch_size), ("--seed", 0)):
             part.add_argument(flag, type=int, default=default)
         part.add_argument("--device", default="auto")
         part.add_argument("--size", choices=_SIZES, default="small")
-    parts.choices["vae"].add_argument("--start", type=Path, help="go on from this finished VAE")
+    parts.choices["vae"].add_argument("--colour-weight", type=float, default=COLOUR_WEIGHT)
     part.add_argument("--vae", type=Path, required=True)
     part.add_argument("--half", action="store_true")
     return parser

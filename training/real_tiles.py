@@ -1,15 +1,16 @@
 """Put real normal tissue beside the made-up tiles, so that the small models have seen both. Teaches nothing.
 
-    python training/real_tiles.py --out FOLDER [--patches FOLDER] [--regions FOLDER]
+    python training/real_tiles.py --out FOLDER [--patches FOLDER] [--regions FOLDER] [--image-text FOLDER]
 
 --patches: pictures of 96 x 96 px at 0.97 µm/px, such as the normal tiles of PatchCamelyon. --regions: pictures at
 0.25 µm/px, such as regions of normal Camelyon17 slides. All are brought to 0.5 µm/px; what is narrower than a tile is
-mirrored at its rims. What they show is not known, only that none of it is disease.
+mirrored at its rims. What they show is not known, only that none of it is disease. --image-text: a model that
+`image_text.py` taught; it says of the real tiles in FOLDER which keywords of normal tissue are nearest, as in a run.
 """
 
 import argparse
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,9 @@ from tiles import SHARD_TILES, TILE_PX, LessonTiles, shard_file
 
 from wsi_anomaly.detectors.weights import write_whole
 from wsi_anomaly.errors import CohortError, WsiAnomalyError
+from wsi_anomaly.execution import Resources
+from wsi_anomaly.pipeline.prompting import build_prompter
+from wsi_anomaly.stages.prompt import PromptOptions, describe_tiles
 
 Tile = UInt8[np.ndarray, "y x rgb"]
 
@@ -34,13 +38,17 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--patches", type=Path)
     parser.add_argument("--regions", type=Path)
+    parser.add_argument("--image-text", type=Path)
     arguments = parser.parse_args()
     try:
-        number = write_real_tiles(arguments.out, patches=arguments.patches, regions=arguments.regions)
+        write_real_tiles(arguments.out, patches=arguments.patches, regions=arguments.regions)
+        if arguments.image_text:
+            describe_real_tiles(arguments.out, arguments.image_text)
+        tiles = LessonTiles(arguments.out)
     except WsiAnomalyError as error:
         raise SystemExit(f"error: {error}") from error
-    total = len(LessonTiles(arguments.out))
-    Console().print(f"{number:,} of the {total:,} tiles in {arguments.out} are real", highlight=False)
+    real = sum(shares is None for shares in tiles.shares)
+    Console().print(f"{real:,} of the {len(tiles):,} tiles in {arguments.out} are real", highlight=False)
 
 
 def write_real_tiles(out: Path, *, patches: Path | None = None, regions: Path | None = None) -> int:
@@ -56,9 +64,27 @@ def write_real_tiles(out: Path, *, patches: Path | None = None, regions: Path | 
     return len(tiles)
 
 
+def describe_real_tiles(folder: Path, image_text: Path) -> None:
+    """Keep with each real tile the keywords of normal tissue that an image-text model finds nearest.
+
+    Raises:
+        ModelError: there is no image-text model.
+    """
+    model = {"name": "conch", "weights": str(image_text.resolve())}
+    prompter = build_prompter(PromptOptions(model=model), Resources(device="cpu", offline=True))
+    for path in sorted(folder.glob("real-*.json")):
+        # Of a prompt's fragments every second one is a keyword; words that join them stand between.
+        prompts = describe_tiles(prompter, np.load(path.with_suffix(".npy"))).prompts
+        _write_known(path, [[text for text, _ in prompt[1::2]] for prompt in prompts])
+
+
 def _write_shard(path: Path, pixels: UInt8[np.ndarray, "tile y x rgb"]) -> None:
     write_whole(path.with_suffix(".npy"), lambda file: np.save(file, pixels))
-    write_whole(path, lambda file: file.write(json.dumps([None] * len(pixels)).encode()))
+    _write_known(path, [None] * len(pixels))
+
+
+def _write_known(path: Path, known: Sequence[Sequence[str] | None]) -> None:
+    write_whole(path, lambda file: file.write(json.dumps(known).encode()))
 
 
 def _patches(folder: Path) -> Iterator[Tile]:

@@ -21,6 +21,7 @@ from rich.console import Console
 from tiles import LessonTiles
 
 from wsi_anomaly.detectors.protocol import TileBatch
+from wsi_anomaly.detectors.training import fit_identity
 from wsi_anomaly.errors import WsiAnomalyError
 from wsi_anomaly.execution import Resources
 from wsi_anomaly.imaging.zscore import describe
@@ -30,6 +31,7 @@ from wsi_anomaly.prompts.keywords import load_keywords
 from wsi_anomaly.stages.prompt import Prompter, PromptOptions, describe_tiles
 from wsi_anomaly.storage.layout import ModelFolder
 from wsi_anomaly.storage.model import read_model, write_manifest
+from wsi_anomaly.storage.record import Recipe
 from wsi_anomaly.storage.reference import Reference, write_reference
 from wsi_anomaly.synthetic import keywords_of
 
@@ -128,12 +130,13 @@ def release(out: Path, pipeline: Pipeline, *, learnt: NormalTiles, reference: No
     shutil.rmtree(model.detector, ignore_errors=True)
     shutil.copytree(work, model.detector, ignore=shutil.ignore_patterns(*LEFT_IN_TRAINING))
     write_pipeline(model, pipeline)
-    # Blocks of tissue, not slides: of PatchCamelyon nobody knows which tiles are of one slide.
-    write_reference(model.reference, Reference(source="held-out normal slides", slides=1, scores=columns))
+    # Of PatchCamelyon nobody knows which tiles are of one slide.
+    write_reference(model.reference, Reference(source="held-out normal tiles", slides=0, scores=columns))
     shutil.copyfile(CARD, model.card)
     model.manifest.unlink(missing_ok=True)
     image_text = {"name": prompter.model_name, "digest": prompter.digest}
-    write_manifest(out, recipe_digest="", image_text_model=image_text)
+    recipe = Recipe("model", 1, {"pipeline": pipeline.as_table()}, {"tiles": fit_identity(learnt, {})})
+    write_manifest(out, recipe_digest=recipe.digest, image_text_model=image_text)
     read_model(out)
 
 

@@ -70,7 +70,8 @@ def write_tiles(
 class LessonTiles:
     """The tiles of a folder, as a detector's `TileSource`: each under a prompt of keywords that are true of it.
 
-    Made-up tiles, and the real ones of `real_tiles.py`: of these nothing is known, so their prompt names no keyword.
+    Made-up tiles, and the real ones of `real_tiles.py`: nobody knows what these show, so their prompt names what an
+    image-text model found in them, or no keyword.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -80,10 +81,11 @@ class LessonTiles:
             raise CohortError(f"{folder}: there are no tiles. Draw some: python training/tiles.py --out {folder}")
         self._pixels = [np.load(path.with_suffix(".npy"), mmap_mode="r") for path in shards]
         self._ends = np.cumsum([len(pixels) for pixels in self._pixels])
-        self.shares: Sequence[Mapping[str, float] | None] = [
-            tile for path in shards for tile in json.loads(path.read_text(encoding="utf-8"))
-        ]
+        known = [tile for path in shards for tile in json.loads(path.read_text(encoding="utf-8"))]
+        self.shares: Sequence[Mapping[str, float] | None] = [tile if isinstance(tile, dict) else None for tile in known]
         """Of each made-up tile, what share of it each structure takes."""
+        self._found: Sequence[Sequence[str]] = [tile if isinstance(tile, list) else () for tile in known]
+        """Of each real tile, the keywords that an image-text model found."""
 
     def __len__(self) -> int:
         """How many tiles there are."""
@@ -104,9 +106,9 @@ class LessonTiles:
         return np.asarray(self._pixels[shard][index - self._ends[shard]])
 
     def _prompt(self, index: int) -> Prompt:
-        """Some true keywords, always the same of one tile, put as the stage `prompt` puts them."""
+        """Some of the tile's keywords, always the same ones, put as the stage `prompt` puts them."""
         rng = np.random.default_rng(index)
-        keywords = keywords_of(self.shares[index] or {})
+        keywords = self._found[index] or keywords_of(self.shares[index] or {})
         chosen = rng.permutation(len(keywords))[: rng.integers(1, MOST_KEYWORDS + 1)]
         return ((f"{PREFIX} {f' {JOINER} '.join(keywords[i] for i in sorted(chosen))}".strip(), 1.0),)
 

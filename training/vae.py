@@ -47,6 +47,7 @@ def learn_vae(
     *,
     size: Size = "small",
     start: Path | None = None,
+    colour_weight: float = COLOUR_WEIGHT,
     device: str,
 ) -> None:
     """Teach a VAE, or one that has learnt before, on crops of 3/8 of a tile's side, and leave it in `out`.
@@ -61,7 +62,7 @@ def learn_vae(
     place = resolve_device(device)
     beginning = load_vae(start).requires_grad_().train() if start else _new_vae(size, seed=options.seed)
     vae = beginning.to(place)
-    lesson = _Lesson(_Rebuilder(vae), place)
+    lesson = _Lesson(_Rebuilder(vae), colour_weight, place)
     learner = DiffusionLearner(
         network=lesson.network,
         timesteps=1,
@@ -72,7 +73,7 @@ def learn_vae(
         recipe={
             "vae": vae_digest(start) if start else _SIZES[size],
             "edges": [EDGE_WEIGHT, EDGE_SCALES],
-            "colours": COLOUR_WEIGHT,
+            "colours": colour_weight,
             "divergence": DIVERGENCE_WEIGHT,
         },
     )
@@ -110,14 +111,14 @@ def crops(
     return np.stack([_crop(tile, side_px, int(seed)) for tile, seed in zip(pixels, seeds, strict=True)])
 
 
-def unlikeness(error: Images) -> PerTile:
+def unlikeness(error: Images, colour_weight: float = COLOUR_WEIGHT) -> PerTile:
     """Mean absolute error of each tile, near and from afar, and that of steps between neighbours at several scales."""
     total = error.abs().mean(dim=(1, 2, 3))
     for _ in range(EDGE_SCALES):
         for axis in (2, 3):
             total = total + EDGE_WEIGHT * error.diff(dim=axis).abs().mean(dim=(1, 2, 3))
         error = torch.nn.functional.avg_pool2d(error, 2)
-    return total + COLOUR_WEIGHT * error.abs().mean(dim=(1, 2, 3))
+    return total + colour_weight * error.abs().mean(dim=(1, 2, 3))
 
 
 class _Rebuilder(torch.nn.Module):
@@ -138,6 +139,7 @@ class _Lesson:
     """What is asked of the VAE in each step."""
 
     network: _Rebuilder
+    colour_weight: float
     device: torch.device
 
     def loss(self, batch: TileBatch, _: Int64[np.ndarray, " tile"], draws: Draws) -> PerTile:
@@ -147,7 +149,7 @@ class _Lesson:
         shape = (vae.config.latent_channels, *(side_px // downsampling(vae) for side_px in images.shape[2:]))
         noise = torch.from_numpy(tile_noise(draws.seeds, shape)).to(self.device)
         rebuilt, divergence = self.network(images, noise)
-        return unlikeness(rebuilt - images) + DIVERGENCE_WEIGHT * divergence
+        return unlikeness(rebuilt - images, self.colour_weight) + DIVERGENCE_WEIGHT * divergence
 
     def rebuild(self, batch: TileBatch) -> UInt8[np.ndarray, "tile y x rgb"]:
         """Whole tiles, with nothing drawn."""

@@ -25,6 +25,8 @@ from wsi_anomaly.errors import ModelError
 from wsi_anomaly.options import Options, parse_options
 from wsi_anomaly.torchvision_shim import make_importable
 
+Scores = Float32[np.ndarray, "tile score"]
+
 
 class TilesInMemory:
     """A `TileSource` of tiles that are at hand. It counts how often it was read, and can kill its reader."""
@@ -44,6 +46,10 @@ class TilesInMemory:
 
     def __len__(self) -> int:
         return len(self.pixels)
+
+    def anew(self) -> "TilesInMemory":
+        """The same tiles, not read yet."""
+        return TilesInMemory(self.pixels, self.groups, embeddings=self.embeddings)
 
     def read(self, indices: Int64[np.ndarray, " tile"]) -> TileBatch:
         """The tiles at these positions, in this order."""
@@ -116,17 +122,17 @@ class DetectorContract:
 
     @pytest.fixture(scope="class")
     @classmethod
-    def checkpoint(cls, tiles: TilesInMemory, tmp_path_factory: pytest.TempPathFactory) -> Path:
-        """The folder of a fit that nobody disturbed."""
-        folder: Path = tmp_path_factory.mktemp("fit") / "detector"
-        cls.detector.fit(tiles, folder, device=cls.device)
-        return folder
+    def undisturbed(cls, tiles: TilesInMemory, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int]:
+        """The folder of a fit that nobody disturbed, and how often it read tiles."""
+        folder, source = tmp_path_factory.mktemp("fit") / "detector", tiles.anew()
+        cls.detector.fit(source, folder, device=cls.device)
+        return folder, source.reads
 
     @pytest.fixture(scope="class")
     @classmethod
-    def scorer(cls, checkpoint: Path) -> Scorer:
+    def scorer(cls, undisturbed: tuple[Path, int]) -> Scorer:
         """The fitted detector."""
-        loaded: Scorer = cls.detector.load(checkpoint, device=cls.device)
+        loaded: Scorer = cls.detector.load(undisturbed[0], device=cls.device)
         return loaded
 
     @pytest.fixture(scope="class")
@@ -136,14 +142,19 @@ class DetectorContract:
         pixels = np.concatenate([f(20, cls.tile_px, seed=2) for f in (smooth_tiles, odd_tiles)])
         return batch_of(pixels, embeddings=cls.embed(pixels))
 
+    @pytest.fixture(scope="class")
+    @classmethod
+    def scores(cls, scorer: Scorer, batch: TileBatch) -> Scores:
+        """Of the new tiles, all at once."""
+        return scorer.score(batch)
+
     def test_options_survive_a_text_file(self) -> None:
         """A model folder carries the options as text, and they build the same detector."""
         assert isinstance(self.detector, Options)
         assert _described(_detector_of(_described(self.detector))) == _described(self.detector)
 
-    def test_there_is_one_finite_score_of_each_name_for_each_tile(self, scorer: Scorer, batch: TileBatch) -> None:
+    def test_there_is_one_finite_score_of_each_name_for_each_tile(self, batch: TileBatch, scores: Scores) -> None:
         """Scores are float32, (tile, score), without NaN and infinity."""
-        scores = scorer.score(batch)
         assert scores.dtype == np.float32
         assert scores.shape == (len(batch), len(self.detector.score_names))
         assert np.isfinite(scores).all()
@@ -152,22 +163,25 @@ class DetectorContract:
         """A batch whose tiles could all not be read is no special case."""
         assert scorer.score(_part(batch, np.arange(0))).shape == (0, len(self.detector.score_names))
 
-    def test_scoring_again_gives_the_same_bits(self, scorer: Scorer, batch: TileBatch) -> None:
+    def test_scoring_again_gives_the_same_bits(self, scorer: Scorer, batch: TileBatch, scores: Scores) -> None:
         """Nothing is drawn from global state and nothing is remembered."""
-        assert np.array_equal(scorer.score(batch), scorer.score(batch))
+        assert np.array_equal(scorer.score(batch), scores)
 
-    def test_scores_do_not_depend_on_the_size_of_the_batch(self, scorer: Scorer, batch: TileBatch) -> None:
+    def test_scores_do_not_depend_on_the_size_of_the_batch(
+        self, scorer: Scorer, batch: TileBatch, scores: Scores
+    ) -> None:
         """A tile has the same score, to the bit, alone, among a few and among many."""
-        everything = scorer.score(batch)
         for size in (1, 7):
             starts = range(0, len(batch), size)
             parts = [scorer.score(_part(batch, np.arange(len(batch))[start : start + size])) for start in starts]
-            assert np.array_equal(np.concatenate(parts), everything), f"in batches of {size}"
+            assert np.array_equal(np.concatenate(parts), scores), f"in batches of {size}"
 
-    def test_scores_do_not_depend_on_the_order_of_the_batch(self, scorer: Scorer, batch: TileBatch) -> None:
+    def test_scores_do_not_depend_on_the_order_of_the_batch(
+        self, scorer: Scorer, batch: TileBatch, scores: Scores
+    ) -> None:
         """A tile keeps its score wherever it stands."""
         order = np.random.default_rng(3).permutation(len(batch))
-        assert np.array_equal(scorer.score(_part(batch, order)), scorer.score(batch)[order])
+        assert np.array_equal(scorer.score(_part(batch, order)), scores[order])
 
     def test_scoring_leaves_the_tiles_as_they_are(self, scorer: Scorer, batch: TileBatch) -> None:
         """A scorer that writes into the pixels would spoil what comes after it."""
@@ -175,35 +189,33 @@ class DetectorContract:
         scorer.score(batch)
         assert np.array_equal(batch.pixels, before)
 
-    def test_anomalies_score_higher_than_normal_tiles(self, scorer: Scorer, batch: TileBatch) -> None:
+    def test_anomalies_score_higher_than_normal_tiles(self, scores: Scores) -> None:
         """Of a planted anomaly and a normal tile, the anomaly has the higher score nine times out of ten."""
-        half = len(batch) // 2
-        scores = dict(zip(self.detector.score_names, scorer.score(batch).T, strict=True))
-        for name in self.tells_apart or self.detector.score_names:
-            normal, odd = scores[name][:half], scores[name][half:]
-            assert (odd[:, None] > normal).mean() >= _MOSTLY, name
+        half = len(scores) // 2
+        for name, column in zip(self.detector.score_names, scores.T, strict=True):
+            if name in (self.tells_apart or self.detector.score_names):
+                assert (column[half:, None] > column[:half]).mean() >= _MOSTLY, name
 
     def test_a_fitted_detector_scores_the_same_in_a_new_process(
-        self, scorer: Scorer, checkpoint: Path, batch: TileBatch, tmp_path: Path
+        self, undisturbed: tuple[Path, int], batch: TileBatch, scores: Scores, tmp_path: Path
     ) -> None:
         """All that scoring needs is in the folder and the options."""
         _leave(batch, tmp_path)
-        _elsewhere("score", self.detector, tmp_path, checkpoint=str(checkpoint), device=self.device)
-        assert np.array_equal(np.load(tmp_path / "scores.npy"), scorer.score(batch))
+        _elsewhere("score", self.detector, tmp_path, checkpoint=str(undisturbed[0]), device=self.device)
+        assert np.array_equal(np.load(tmp_path / "scores.npy"), scores)
 
     def test_a_killed_fit_goes_on_and_ends_with_the_same_files(
-        self, tiles: TilesInMemory, checkpoint: Path, tmp_path: Path
+        self, tiles: TilesInMemory, undisturbed: tuple[Path, int], tmp_path: Path
     ) -> None:
         """Killed half-way and called again, a fit reads only what was missing and leaves the same bytes."""
-        again = TilesInMemory(tiles.pixels, tiles.groups, embeddings=tiles.embeddings)
-        self.detector.fit(again, tmp_path / "whole", device=self.device)
+        whole, reads = undisturbed
         _leave(tiles, tmp_path)
-        settings = {"checkpoint": str(tmp_path / "killed"), "device": self.device, "die_at_read": again.reads // 2 + 1}
+        settings = {"checkpoint": str(tmp_path / "killed"), "device": self.device, "die_at_read": reads // 2 + 1}
         assert _elsewhere("fit", self.detector, tmp_path, **settings) != 0
-        rest = TilesInMemory(tiles.pixels, tiles.groups, embeddings=tiles.embeddings)
+        rest = tiles.anew()
         self.detector.fit(rest, tmp_path / "killed", device=self.device)
-        assert rest.reads < again.reads
-        assert _files(tmp_path / "killed") == _files(tmp_path / "whole") == _files(checkpoint)
+        assert rest.reads < reads
+        assert _files(tmp_path / "killed") == _files(whole)
 
     def test_an_empty_folder_is_no_model(self, tmp_path: Path) -> None:
         """Missing weights are an error that the user is told about."""
@@ -252,12 +264,8 @@ def _files(folder: Path) -> dict[str, bytes]:
 
 
 def _described(detector: Options) -> dict[str, Any]:
-    options_class = type(detector)
-    return {
-        "module": options_class.__module__,
-        "class": options_class.__name__,
-        "options": detector.model_dump(mode="json"),
-    }
+    kind = type(detector)
+    return {"module": kind.__module__, "class": kind.__name__, "options": detector.model_dump(mode="json")}
 
 
 def _detector_of(description: dict[str, Any]) -> Any:  # noqa: ANN401 - both a Detector and Options
@@ -281,8 +289,7 @@ def _work() -> None:
     tiles, path = np.load(folder / "tiles.npz"), folder / "embeddings.npy"
     embeddings = np.load(path) if path.exists() else None
     if task["job"] == "fit":
-        settings = {"embeddings": embeddings, "die_at_read": task["die_at_read"]}
-        source = TilesInMemory(tiles["pixels"], tiles["groups"], **settings)
+        source = TilesInMemory(tiles["pixels"], tiles["groups"], embeddings=embeddings, die_at_read=task["die_at_read"])
         detector.fit(source, checkpoint, device=task["device"])
     else:
         scorer = detector.load(checkpoint, device=task["device"])

@@ -117,7 +117,8 @@ def normal_codes(count: int, seed: int) -> np.ndarray:
     return np.repeat(np.random.default_rng(seed).integers(0, 3, (count, 1)), 3, axis=1)
 
 
-LEARNT = TINY.on_categories(CATEGORIES)
+SCANNED = TINY.model_copy(update={"columns": ("scanner",)})
+LEARNT = SCANNED.on_categories(CATEGORIES)
 
 
 @pytest.fixture(scope="module")
@@ -136,18 +137,18 @@ def test_loading_needs_no_categories(checkpoint: Path) -> None:
     """They are in the folder: the scores are the same as for a detector that was told them."""
     batch = coded(normal_codes(9, 2), np.zeros((9, 1), np.int64))
     told = LEARNT.load(checkpoint, device="cpu").score(batch)
-    assert np.array_equal(TINY.load(checkpoint, device="cpu").score(batch), told)
+    assert np.array_equal(SCANNED.load(checkpoint, device="cpu").score(batch), told)
 
 
 def test_other_categories_are_refused(checkpoint: Path) -> None:
     """A model belongs to the keywords that it was fitted with."""
     with pytest.raises(ModelError, match="other keyword categories"):
-        TINY.on_categories({"all": tuple(range(12))}).load(checkpoint, device="cpu")
+        SCANNED.on_categories({"all": tuple(range(12))}).load(checkpoint, device="cpu")
 
 
 def test_keywords_never_seen_stand_out(checkpoint: Path) -> None:
     """A tile whose top keyword is on top of no normal tile scores higher than all normal ones."""
-    scorer = TINY.load(checkpoint, device="cpu")
+    scorer = SCANNED.load(checkpoint, device="cpu")
     cohort = np.zeros((3, 1), np.int64)
     odd = np.array([[3, 0, 0], [0, 3, 3], [3, 3, 3]])
     assert (
@@ -155,18 +156,33 @@ def test_keywords_never_seen_stand_out(checkpoint: Path) -> None:
     )
 
 
+def test_numbers_of_values_may_be_any(tmp_path: Path) -> None:
+    """Only which tiles have the same value counts: columns come as checksums of their cells."""
+    numbers, codes = np.array([3_000_000_000, 5]), normal_codes(400, 1)
+    LEARNT.fit(Coded(codes, numbers[np.arange(400) % 2][:, None]), tmp_path, device="cpu")
+    scorer = SCANNED.load(tmp_path, device="cpu")
+    known, new = (scorer.score(coded(codes[:2], np.full((2, 1), value))) for value in (3_000_000_000, 4))
+    assert new.min() > known.max()
+
+
 def test_values_of_the_cohort_that_were_not_seen_are_unknown(checkpoint: Path) -> None:
     """A value of no number and one of a new number are the same to the detector."""
-    scorer, codes = TINY.load(checkpoint, device="cpu"), normal_codes(1, 3)
+    scorer, codes = SCANNED.load(checkpoint, device="cpu"), normal_codes(1, 3)
     missing, new = (scorer.score(coded(codes, np.array([[value]]))) for value in (-1, 7))
     assert np.array_equal(missing, new)
     assert missing[0, 0] > scorer.score(coded(codes, np.array([[1]])))[0, 0]
 
 
-def test_another_number_of_cohort_columns_is_refused(checkpoint: Path) -> None:
-    """The message says how many were learnt."""
-    with pytest.raises(OptionsError, match=r"3 categories, 4 were learnt: shade, contrast, edges, and 1 columns"):
-        TINY.load(checkpoint, device="cpu").score(coded(normal_codes(2, 1)))
+def test_tiles_without_the_cohort_s_columns_are_refused(checkpoint: Path) -> None:
+    """The message names the columns, and says what to do."""
+    with pytest.raises(OptionsError, match=r"1 columns of the cohort \(scanner\), and its tiles come with 0. Name the"):
+        SCANNED.load(checkpoint, device="cpu").score(coded(normal_codes(2, 1)))
+
+
+def test_other_columns_than_those_of_the_fit_are_refused(checkpoint: Path) -> None:
+    """The message names both."""
+    with pytest.raises(ModelError, match=r"with the columns \[scanner\] of the cohort, and the options ask for \[\]"):
+        TINY.load(checkpoint, device="cpu")
 
 
 def test_tiles_without_keywords_are_refused(tmp_path: Path, checkpoint: Path) -> None:
@@ -175,7 +191,7 @@ def test_tiles_without_keywords_are_refused(tmp_path: Path, checkpoint: Path) ->
     with pytest.raises(OptionsError, match=r"Add a table \[prompt\]"):
         TINY.fit(tiles, tmp_path, device="cpu")
     with pytest.raises(OptionsError, match=r"Add a table \[prompt\]"):
-        TINY.load(checkpoint, device="cpu").score(tiles.read(np.arange(2)))
+        SCANNED.load(checkpoint, device="cpu").score(tiles.read(np.arange(2)))
 
 
 def test_categories_of_more_keywords_than_there_are_are_refused(tmp_path: Path) -> None:
@@ -193,13 +209,14 @@ def test_a_category_without_keywords_is_refused() -> None:
 def test_too_few_tiles_are_refused(tmp_path: Path) -> None:
     """The density needs some that the network did not learn from."""
     with pytest.raises(CohortError, match="needed: at least"):
-        LEARNT.fit(Coded(normal_codes(5, 1)), tmp_path, device="cpu")
+        TINY.on_categories(CATEGORIES).fit(Coded(normal_codes(5, 1)), tmp_path, device="cpu")
 
 
 def test_equal_tiles_are_learnt_without_harm(tmp_path: Path) -> None:
     """Constant variables have finite scores."""
-    LEARNT.fit(Coded(np.zeros((60, 3), np.int64)), tmp_path, device="cpu")
-    scores = LEARNT.load(tmp_path, device="cpu").score(coded(np.array([[0, 0, 0], [3, 3, 3]])))
+    told = TINY.on_categories(CATEGORIES)
+    told.fit(Coded(np.zeros((60, 3), np.int64)), tmp_path, device="cpu")
+    scores = told.load(tmp_path, device="cpu").score(coded(np.array([[0, 0, 0], [3, 3, 3]])))
     assert np.isfinite(scores).all()
 
 
@@ -212,18 +229,18 @@ def test_a_finished_fit_is_left_as_it_is(checkpoint: Path) -> None:
     assert set(before) == {"weights.safetensors", "density.safetensors", "history.json", "variables.json"}
 
 
-@pytest.mark.parametrize("content", [b"", b"{}", b"[]", json.dumps({"format_version": 2}).encode()])
+@pytest.mark.parametrize("content", [b"", b"{}", b"[]", json.dumps({"format_version": 3}).encode()])
 def test_spoilt_variables_are_refused(content: bytes, spoilt: Path) -> None:
     """Whatever became of the file."""
     (spoilt / "variables.json").write_bytes(content)
     with pytest.raises(ModelError, match=r"variables\.json"):
-        TINY.load(spoilt, device="cpu")
+        SCANNED.load(spoilt, device="cpu")
 
 
 def test_weights_of_another_width_are_refused_by_name(checkpoint: Path) -> None:
     """The message names the option that differs, with both values."""
     with pytest.raises(ModelError, match="width is 32, not 16"):
-        TINY.model_copy(update={"width": 16}).load(checkpoint, device="cpu")
+        SCANNED.model_copy(update={"width": 16}).load(checkpoint, device="cpu")
 
 
 def test_the_noise_that_the_network_shall_tell_is_the_score_of_the_concrete_distribution() -> None:

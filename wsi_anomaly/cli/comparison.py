@@ -1,5 +1,6 @@
 """The command compare."""
 
+from itertools import chain
 from pathlib import Path
 from typing import Annotated
 
@@ -44,12 +45,14 @@ def compare(
     With --annotations or --labels the results are evaluated at the end, as by 'evaluate OUT/A OUT/B' with its defaults.
     """
     from wsi_anomaly.cohort import read_cohort
+    from wsi_anomaly.pipeline import pipeline_of
     from wsi_anomaly.pipeline.comparing import compare
     from wsi_anomaly.shipped import model_place
     from wsi_anomaly.storage.model import read_model
 
-    cohort = read_cohort(slides, mpp=mpp)
     fitted = [read_model(model_place(model)) for model in models]
+    columns = dict.fromkeys(chain.from_iterable(pipeline_of(model).cohort_columns for model in fitted))
+    cohort = read_cohort(slides, mpp=mpp, columns=tuple(columns))
     resources = Resources(
         device=device,
         workers=workers,

@@ -205,13 +205,14 @@ def _prepare(
     from wsi_anomaly.pipeline.single import prepare_alone
     from wsi_anomaly.storage.layout import RunFolder
 
-    cohort = read_cohort(slides, mpp=mpp)
+    wanted = load_pipeline(pipeline)
+    cohort = read_cohort(slides, mpp=mpp, columns=wanted.cohort_columns)
     with session(slides=len(cohort), quiet=quiet, log_file=log_file) as bars:
         failed = prepare_alone(
             step,
             cohort,
             RunFolder(out),
-            load_pipeline(pipeline),
+            wanted,
             resources=Resources(workers=workers),
             listener=bars,
         )

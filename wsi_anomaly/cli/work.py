@@ -38,7 +38,8 @@ def fit(
     from wsi_anomaly.cohort import read_cohort
     from wsi_anomaly.pipeline import fit, load_pipeline
 
-    cohort = read_cohort(slides, mpp=mpp)
+    wanted = load_pipeline(pipeline)
+    cohort = read_cohort(slides, mpp=mpp, columns=wanted.cohort_columns)
     resources = Resources(
         device=device,
         workers=workers,
@@ -48,7 +49,7 @@ def fit(
         image_text_weights=image_text_weights,
     )
     with session(slides=len(cohort), quiet=quiet, log_file=log_file) as bars:
-        _, failed = fit(cohort, load_pipeline(pipeline), out, resources=resources, listener=bars)
+        _, failed = fit(cohort, wanted, out, resources=resources, listener=bars)
     if not quiet:
         stdout.print(f"The model is in {out}. Next: wsi-anomaly run SLIDES --model {out}", markup=False, soft_wrap=True)
     if failed:
@@ -88,11 +89,11 @@ def run(
     from wsi_anomaly.shipped import model_place
     from wsi_anomaly.storage.model import read_model
 
-    cohort = read_cohort(slides, mpp=mpp)
     fitted = read_model(model_place(model))
+    pipeline = pipeline_of(fitted).keeping(maps=keep_maps, reconstructions=keep_reconstructions)
+    cohort = read_cohort(slides, mpp=mpp, columns=pipeline.cohort_columns)
     if model is None and not quiet:
         stdout.print(_DEFAULT_IN_USE, markup=False, soft_wrap=True)
-    pipeline = pipeline_of(fitted).keeping(maps=keep_maps, reconstructions=keep_reconstructions)
     resources = Resources(
         device=device,
         workers=workers,

@@ -7,7 +7,7 @@ several amounts of noise, tells how usual they are.
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -37,7 +37,7 @@ from wsi_anomaly.errors import ModelError, OptionsError
 from wsi_anomaly.options import Options
 
 VARIABLES = "variables.json"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 Codes = Int64[np.ndarray, "tile variable"]
 
@@ -63,6 +63,8 @@ class Gnsm(Options):
     paper: ClassVar[str] = "Mahmood, thesis, chapter 4"
     needs: ClassVar[tuple[str, ...]] = ("prompts",)
 
+    columns: tuple[str, ...] = ()
+    """Columns of the cohort's CSV whose values tell of a tile too, such as "scanner"; every slide must be in it."""
     width: PositiveInt = 96
     blocks: PositiveInt = 2
     density: DensityName = "gmm"
@@ -90,7 +92,8 @@ class Gnsm(Options):
 
         Raises:
             CohortError: there are too few tiles to learn from and to hold out.
-            OptionsError: the tiles have no keyword scores, or the categories name more keywords than they have.
+            OptionsError: the tiles have no keyword scores, or not the `columns` of the cohort, or the categories name
+                more keywords than they have.
             ModelError: training diverged.
         """
         place, training = resolve_device(device), self.training
@@ -100,9 +103,9 @@ class Gnsm(Options):
         identity = fit_identity(tiles, recipe)
         if _is_fitted(checkpoint, identity):
             return
-        read = partial(_codes, categories=self._categories)
+        read = partial(_codes, categories=self._categories, columns=self.columns)
         codes = gathered(tiles, chosen, read, folder=checkpoint, identity=identity)
-        variables = _variables(codes, self._categories)
+        variables = _variables(codes, self._categories, self.columns)
         codes, groups = variables.known(codes), tiles.groups[chosen]
         network = self._network(variables).to(place)
         optimizer = torch.optim.AdamW(network.parameters(), training.learning_rate, weight_decay=1e-4)
@@ -124,6 +127,11 @@ class Gnsm(Options):
         """
         place = resolve_device(device)
         variables = _read_variables(checkpoint / VARIABLES)
+        if self.columns != variables.columns:
+            raise ModelError(
+                f"{checkpoint}: was fitted with the columns [{', '.join(variables.columns)}] of the cohort, and the "
+                f"options ask for [{', '.join(self.columns)}]. Use the options of the fit, or fit it again."
+            )
         if self._categories and self._categories != variables.categories:
             raise ModelError(
                 f"{checkpoint}: was fitted to other keyword categories ({', '.join(variables.categories)}). "
@@ -156,38 +164,33 @@ class GnsmScorer:
         """-log p of the tile's score norms under the density of normal ones.
 
         Raises:
-            OptionsError: the tiles lack keyword scores, or have other keywords or cohort columns than were learnt.
+            OptionsError: the tiles lack keyword scores or cohort columns, or have other keywords than were learnt.
         """
         return self.density.anomaly(self.vectors(batch))[:, None]
 
     def vectors(self, batch: TileBatch) -> Float32[np.ndarray, "tile level"]:
         """The norm of the score of each tile at each temperature."""
-        codes = self.variables.known(_codes(batch, self.variables.categories))
+        codes = self.variables.known(_codes(batch, self.variables.categories, self.variables.columns))
         return score_norms(self.network, codes, self.device)
 
 
 @dataclass(frozen=True, slots=True)
 class _Variables:
-    """What is known of a tile: the top keyword of each category, then the columns of the cohort."""
+    """What is known of a tile: the top keyword of each category, then its values in columns of the cohort."""
 
     categories: dict[str, tuple[int, ...]]
-    outcomes: tuple[int, ...]
-    """How many values each variable has; the last is for all that the fit did not see."""
+    columns: tuple[str, ...]
+    values: tuple[tuple[int, ...], ...]
+    """Of each variable, the numbers that the fit saw, in ascending order."""
+
+    @property
+    def outcomes(self) -> tuple[int, ...]:
+        """How many values each variable has; the last is for all that the fit did not see."""
+        return tuple(len(seen) + 1 for seen in self.values)
 
     def known(self, codes: Codes) -> Codes:
-        """The same with what is unknown as the last outcome.
-
-        Raises:
-            OptionsError: there are more or fewer variables.
-        """
-        if codes.shape[1] != len(self.outcomes):
-            names = ", ".join(self.categories) or "of all keywords"
-            raise OptionsError(
-                f"the tiles have {codes.shape[1]} categories, {len(self.outcomes)} were learnt: {names}, and "
-                f"{len(self.outcomes) - max(1, len(self.categories))} columns of the cohort. Give the same columns."
-            )
-        last = np.array(self.outcomes) - 1
-        return np.where((codes < 0) | (codes > last), last, codes)
+        """The numbers of values, as `_codes` gives them, as outcomes."""
+        return np.column_stack([_places(column, seen) for column, seen in zip(codes.T, self.values, strict=True)])
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,7 +208,8 @@ class _CodeSource:
         return TileBatch(pixels, np.zeros(len(indices), np.uint64), (), categories=self.codes[indices])
 
 
-def _codes(batch: TileBatch, categories: Mapping[str, tuple[int, ...]]) -> Codes:
+def _codes(batch: TileBatch, categories: Mapping[str, tuple[int, ...]], columns: Sequence[str]) -> Codes:
+    """A number for what each variable of a tile is; -1 for what is unknown."""
     if batch.keyword_scores is None:
         raise OptionsError(
             "the detector 'gnsm' looks at the keywords of tiles, and these have none. Add a table [prompt] to the "
@@ -218,13 +222,26 @@ def _codes(batch: TileBatch, categories: Mapping[str, tuple[int, ...]]) -> Codes
             f"the keyword categories name column {most}, and tiles have scores of {width} keywords. "
             "Use the keyword list that the tiles were compared with."
         )
-    tops = [batch.keyword_scores[:, list(columns)].argmax(axis=1) for columns in groups]
+    found = 0 if batch.categories is None else batch.categories.shape[1]
+    if found != len(columns):
+        raise OptionsError(
+            f"the detector 'gnsm' looks at {len(columns)} columns of the cohort ({', '.join(columns)}), and its tiles "
+            f"come with {found}. Name the slides in a CSV that has these columns."
+        )
+    tops = [batch.keyword_scores[:, list(group)].argmax(axis=1) for group in groups]
     cohort = () if batch.categories is None else batch.categories.T
     return np.column_stack([*tops, *cohort]).astype(np.int64)
 
 
-def _variables(codes: Codes, categories: Mapping[str, tuple[int, ...]]) -> _Variables:
-    return _Variables(dict(categories), tuple(int(most) + 2 for most in codes.max(axis=0)))
+def _variables(codes: Codes, categories: Mapping[str, tuple[int, ...]], columns: tuple[str, ...]) -> _Variables:
+    values = tuple(tuple(np.unique(column[column >= 0]).tolist()) for column in codes.T)
+    return _Variables(dict(categories), columns, values)
+
+
+def _places(codes: Int64[np.ndarray, " tile"], seen: Sequence[int]) -> Int64[np.ndarray, " tile"]:
+    """Where each number stands among those seen; behind the last one where it is none of them."""
+    places = np.searchsorted(seen, codes)
+    return np.where(np.isin(codes, seen), places, len(seen))
 
 
 def _read_variables(path: Path) -> _Variables:
@@ -236,7 +253,8 @@ def _read_variables(path: Path) -> _Variables:
                 f"{FORMAT_VERSION}. Use the version that made the model, or fit it again."
             )
         categories = {str(name): tuple(map(int, columns)) for name, columns in content["categories"].items()}
-        return _Variables(categories, tuple(map(int, content["outcomes"])))
+        values = tuple(tuple(map(int, seen)) for seen in content["values"])
+        return _Variables(categories, tuple(map(str, content["columns"])), values)
     except FileNotFoundError as error:
         raise ModelError(
             f"{path}: is missing: the model is of another detector, its fit was not finished, or not all of it copied."

@@ -25,7 +25,8 @@ class TileBatch:
     embeddings: Float32[np.ndarray, "tile d"] | None = None
     keyword_scores: Float32[np.ndarray, "tile keyword"] | None = None
     categories: Int64[np.ndarray, "tile variable"] | None = None
-    """What the cohort says of each tile's slide, numbered from 0 alike in every run of a model; -1 is unknown."""
+    """What the cohort says of each tile's slide in the detector's `columns`: a number of each value, the same in every
+    run and not from 0 on; -1 where the table has nothing."""
 
     def __len__(self) -> int:
         return len(self.pixels)

@@ -15,7 +15,7 @@ from wsi_anomaly.detectors.protocol import Based
 from wsi_anomaly.errors import OptionsError
 from wsi_anomaly.execution import Listener, Progress, Resources, listening, processes, report
 from wsi_anomaly.pipeline.ledger import Ledger
-from wsi_anomaly.pipeline.preparing import Preparation, is_prepared, prepare_all, process_count
+from wsi_anomaly.pipeline.preparing import Preparation, is_prepared, keep_cohort_values, prepare_all, process_count
 from wsi_anomaly.pipeline.preset import Pipeline, build_detector
 from wsi_anomaly.pipeline.prompting import prompt
 from wsi_anomaly.pipeline.running import (
@@ -176,6 +176,8 @@ def _work(slides: Sequence[CohortSlide], contenders: Sequence[_Contender], resou
     """Slide by slide. The first model's folder is where slides are read to."""
     first = contenders[0]
     for slide in slides:
+        for contender in contenders:
+            keep_cohort_values(slide, contender.slide(slide.slide_id), contender.entry.pipeline)
         with first.ledger.attempt(slide.slide_id, last=False):
             _take_tiles_of_others(slide, contenders)
     with processes(process_count(slides, resources)) as executor:

@@ -14,6 +14,7 @@ from wsi_anomaly.imaging.tissue import TissueOptions
 from wsi_anomaly.pipeline.preset import Pipeline
 from wsi_anomaly.stages.mask import mask_is_current, mask_slide
 from wsi_anomaly.stages.tile import TileOptions, tile_slide, tiles_are_current
+from wsi_anomaly.storage.cohort_values import write_cohort_values
 from wsi_anomaly.storage.layout import RunFolder, SlideFolder
 
 Step = Literal["mask", "tile"]
@@ -48,6 +49,8 @@ def prepare_all(
     """The seconds that each slide took, in order, while the next ones are being prepared."""
     count = process_count(slides, resources)
     threads = max(1, resources.cores // count)
+    for slide in slides:
+        keep_cohort_values(slide, run.slide(slide.slide_id), pipeline)
     preparations = [
         Preparation(slide, run.slide(slide.slide_id), steps, pipeline.tissue, pipeline.tiles, threads)
         for slide in slides
@@ -60,6 +63,11 @@ def prepare_all(
             yield preparation.slide, _alone(executor, preparation)
         else:
             yield preparation.slide, future
+
+
+def keep_cohort_values(slide: CohortSlide, folder: SlideFolder, pipeline: Pipeline) -> None:
+    """Keep what the cohort's table says of a slide in the columns that the pipeline's detector looks at."""
+    write_cohort_values(folder.cohort_values, {name: slide.values.get(name, "") for name in pipeline.cohort_columns})
 
 
 def _alone(executor: Executor, preparation: Preparation) -> Future[float]:

@@ -54,6 +54,13 @@ class Pipeline(Options):
             raise OptionsError(f"pipeline '{self.name}': [detector] has no name. See: wsi-anomaly detectors")
         return str(self.detector["name"])
 
+    @property
+    def cohort_columns(self) -> tuple[str, ...]:
+        """Columns of the cohort's table that the detector looks at: its option `columns`, where it has one."""
+        columns = self.detector.get("columns", ())
+        # What is no list is refused when the detector is built.
+        return tuple(map(str, columns)) if isinstance(columns, (list, tuple)) else ()
+
     def with_defaults(self) -> "Pipeline":
         """The same pipeline with the detector's defaults written out too."""
         detector = build_detector(self)

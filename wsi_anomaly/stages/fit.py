@@ -3,19 +3,20 @@
 import logging
 import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
-from jaxtyping import Bool, Float32, Int64
+from jaxtyping import Bool, Int64, Shaped
 from pydantic import Field
 
 from wsi_anomaly.detectors.protocol import Detector, TileBatch
+from wsi_anomaly.detectors.sampling import even_sample
 from wsi_anomaly.errors import CohortError
 from wsi_anomaly.execution import Progress, report
 from wsi_anomaly.options import Options
+from wsi_anomaly.storage.descriptions import Descriptions, description_digests
 from wsi_anomaly.storage.layout import RunFolder, SlideFolder
-from wsi_anomaly.storage.prompts import NoPrompts, PromptStore
 from wsi_anomaly.storage.record import Recipe, Record, current_record, read_record, write_json, writing
 from wsi_anomaly.storage.tiles import TileStore
 
@@ -33,6 +34,8 @@ class SplitOptions(Options):
     """Share of the slides (of the blocks, where there is one slide) that the detector does not learn from."""
     block_tiles: int = Field(4, ge=1)
     """Side of the blocks, in grid cells, that a single slide is split into; smaller where the slide is."""
+    most_tiles: int | None = Field(None, ge=2)
+    """How many tiles a detector learns from, at most, as many of each slide; all that are left without it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,8 +74,15 @@ def split_tissue(
     Raises:
         CohortError: one side would be empty.
     """
-    if len(folders) == 1:
-        return _split_blocks(folders[0], options, seed)
+    split = (
+        _split_blocks(folders[0], options, seed) if len(folders) == 1 else _split_slides(folders, wishes, options, seed)
+    )
+    return replace(split, train=_thinned(split.train, options.most_tiles, seed))
+
+
+def _split_slides(
+    folders: Sequence[SlideFolder], wishes: Mapping[str, str | None], options: SplitOptions, seed: int
+) -> Split:
     free = sorted((f for f in folders if wishes.get(f.slide_id) is None), key=lambda f: _lot(seed, f.slide_id))
     chosen = [f for f in folders if wishes.get(f.slide_id) == "reference"]
     missing = max(1, round(options.reference_fraction * len(folders))) - len(chosen)
@@ -121,7 +131,7 @@ class TrainingTiles:
 
     def __init__(self, parts: Sequence[Part], *, seed: int, prompted: bool = False) -> None:
         self._stores = [TileStore(part.folder.tiles) for part in parts]
-        self._prompts = [PromptStore(part.folder.prompts) if prompted else NoPrompts() for part in parts]
+        self._known = [Descriptions(part.folder, prompted=prompted) for part in parts]
         self._tiles = [
             np.flatnonzero(part.tiles & store.readable) for part, store in zip(parts, self._stores, strict=True)
         ]
@@ -156,16 +166,17 @@ class TrainingTiles:
             prompts=tuple(prompts[position] for position in back),
             embeddings=_joined([part.embeddings for part in parts], back),
             keyword_scores=_joined([part.keyword_scores for part in parts], back),
+            categories=_joined([part.categories for part in parts], back),
         )
 
     def _read_from(self, slide: int, indices: Int64[np.ndarray, " tile"]) -> TileBatch:
         store, tiles = self._stores[slide], self._tiles[slide][indices - self._starts[slide]]
-        return TileBatch(store.read(tiles), store.seeds(tiles, self._seed), *self._prompts[slide].read(tiles))
+        return TileBatch(store.read(tiles), store.seeds(tiles, self._seed), *self._known[slide].read(tiles))
 
 
 def _joined(
-    parts: Sequence[Float32[np.ndarray, "_ d"] | None], order: Int64[np.ndarray, " tile"]
-) -> Float32[np.ndarray, "tile d"] | None:
+    parts: Sequence[Shaped[np.ndarray, "_ d"] | None], order: Int64[np.ndarray, " tile"]
+) -> Shaped[np.ndarray, "tile d"] | None:
     """The rows of all parts in a new order; nothing where there is nothing."""
     present = [part for part in parts if part is not None]
     return np.concatenate(present)[order] if present else None
@@ -176,6 +187,22 @@ _ENOUGH_SLIDES = 5
 
 def _whole(folder: SlideFolder) -> Part:
     return Part(folder, TileStore(folder.tiles).readable)
+
+
+def _thinned(parts: tuple[Part, ...], most: int | None, seed: int) -> tuple[Part, ...]:
+    """The parts with at most so many tiles in all."""
+    if most is None:
+        return parts
+    ends = np.cumsum([int(part.tiles.sum()) for part in parts])
+    kept = np.zeros(ends[-1], bool)
+    kept[even_sample(np.searchsorted(ends, np.arange(ends[-1]), side="right"), most, seed=seed)] = True
+    return tuple(map(_only, parts, np.split(kept, ends[:-1])))
+
+
+def _only(part: Part, kept: Bool[np.ndarray, " of_part"]) -> Part:
+    tiles = part.tiles.copy()
+    tiles[tiles] = kept
+    return Part(part.folder, tiles)
 
 
 def _split_blocks(folder: SlideFolder, options: SplitOptions, seed: int) -> Split:
@@ -211,6 +238,7 @@ def _lot(seed: int, name: str) -> int:
 
 
 def _digest(part: Part, *, prompted: bool) -> str:
-    """Which pixels (and prompts) a part holds: the record of the last stage, and the choice among the tiles."""
-    record = read_record(part.folder.root, "prompt" if prompted else "tile")
-    return f"{record.digest}:{zlib.crc32(np.packbits(part.tiles).tobytes()):08x}"
+    """Which pixels a part holds, and what is known of them: records, and the choice among the tiles."""
+    known = description_digests(part.folder, prompted=prompted)
+    tiles = known.pop("prompts", None) or read_record(part.folder.root, "tile").digest
+    return ":".join([tiles, f"{zlib.crc32(np.packbits(part.tiles).tobytes()):08x}", *known.values()])

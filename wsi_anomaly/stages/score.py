@@ -17,8 +17,8 @@ from wsi_anomaly.detectors.protocol import Accountable, Localizer, Reconstructor
 from wsi_anomaly.errors import ModelError, OptionsError
 from wsi_anomaly.execution import Progress, read_ahead, report
 from wsi_anomaly.options import Options
+from wsi_anomaly.storage.descriptions import Descriptions, description_digests
 from wsi_anomaly.storage.layout import SlideFolder
-from wsi_anomaly.storage.prompts import NoPrompts, PromptStore
 from wsi_anomaly.storage.record import Recipe, Record, current_record, read_record, writing
 from wsi_anomaly.storage.scores import ScoreStatus, ScoreWriter
 from wsi_anomaly.storage.tiles import TileStore
@@ -77,8 +77,7 @@ class ScoreJob:
             MissingOutputError: the stage `tile` has not run, or `prompt` where it is needed.
         """
         inputs = {"tiles": read_record(self.folder.root, "tile").digest, "detector": self.detector.digest}
-        if self.prompted:
-            inputs["prompts"] = read_record(self.folder.root, "prompt").digest
+        inputs |= description_digests(self.folder, prompted=self.prompted)
         return Recipe("score", FORMAT_VERSION, self.options.model_dump() | {"seed": self.seed}, inputs)
 
 
@@ -216,13 +215,13 @@ class SlideTiles:
     """The tiles of a slide with what is known of each."""
 
     store: TileStore
-    prompts: PromptStore | NoPrompts
+    known: Descriptions
     seed: int
 
     @classmethod
     def of(cls, folder: SlideFolder, *, seed: int, prompted: bool) -> "SlideTiles":
         """Those that the stages `tile` and, if wanted, `prompt` left."""
-        return cls(TileStore(folder.tiles), PromptStore(folder.prompts) if prompted else NoPrompts(), seed)
+        return cls(TileStore(folder.tiles), Descriptions(folder, prompted=prompted), seed)
 
     def read(self, indices: Int64[np.ndarray, " tile"]) -> TileBatch:
         """Some readable tiles."""
@@ -230,7 +229,7 @@ class SlideTiles:
 
     def batch(self, indices: Int64[np.ndarray, " tile"], pixels: UInt8[np.ndarray, "tile y x rgb"]) -> TileBatch:
         """Some readable tiles whose pixels are at hand."""
-        return TileBatch(pixels, self.store.seeds(indices, self.seed), *self.prompts.read(indices))
+        return TileBatch(pixels, self.store.seeds(indices, self.seed), *self.known.read(indices))
 
 
 def _attributes(detector_name: str, score_names: tuple[str, ...], scorer: Scorer) -> dict[str, Any]:

@@ -17,6 +17,11 @@ class SlideFolder:
         return self.root.name
 
     @property
+    def cohort_values(self) -> Path:
+        """What the cohort's table says of the slide, where a detector looks at that."""
+        return self.root / "cohort.json"
+
+    @property
     def tissue(self) -> Path:
         """Overview picture and tissue mask, by the stage `mask`."""
         return self.root / "tissue.zarr"

@@ -10,7 +10,12 @@ from wsi_anomaly.imaging.zscore import ScoreReference
 from wsi_anomaly.options import Options, parse_options
 from wsi_anomaly.storage.record import write_json
 
-Source = Literal["held-out normal slides", "held-out blocks of one normal slide", "the cohort under test"]
+Source = Literal[
+    "held-out normal slides",
+    "held-out blocks of one normal slide",
+    "held-out normal tiles",
+    "the cohort under test",
+]
 
 
 class Reference(Options):
@@ -18,6 +23,7 @@ class Reference(Options):
 
     source: Source
     slides: int
+    """How many there were; 0 where there were tiles of unknown slides."""
     scores: dict[str, ScoreReference]
 
     @property
