@@ -107,6 +107,13 @@ def test_both_losses_fall(trained: Trained) -> None:
     assert later < 0.95 * first
 
 
+def test_a_base_is_taught_further(trained: Trained, tmp_path: Path) -> None:
+    """It begins where the one that it starts from has come to."""
+    out, start = tmp_path / "further", trained.base / "training" / "model"
+    diffusion.learn_base(Described(), trained.vae, out, options(5), start=start, device="cpu")
+    assert np.mean(losses(out / "training")[:5]) < 0.95 * np.mean(losses(trained.base / "training")[:5])
+
+
 def test_latents_have_a_deviation_of_one(trained: Trained) -> None:
     """As the noise schedule expects; the factor is in the VAE's config, and so in the base."""
     backbone = load_backbone(str(trained.base), offline=True)

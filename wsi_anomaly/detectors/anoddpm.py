@@ -5,6 +5,7 @@ workshops 2022), and the form of it that Kim et al., "AnoPILaD" (MICCAI 2025), c
 """
 
 import json
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -30,6 +31,7 @@ from wsi_anomaly.detectors.diffusion.restoring import Restorer
 from wsi_anomaly.detectors.diffusion.samplers import Ddim, SamplerOptions
 from wsi_anomaly.detectors.diffusion.scoring import SEEN, DiffusionScorer, ScoreName, names_of
 from wsi_anomaly.detectors.diffusion.training import train_steps
+from wsi_anomaly.detectors.diffusion.walk_norms import WalkNormOptions, WalkNorms
 from wsi_anomaly.detectors.perceptual import Lpips, load_lpips, note_lpips, require_noted
 from wsi_anomaly.detectors.protocol import TileBatch, TileSource
 from wsi_anomaly.detectors.residuals import mse
@@ -76,6 +78,8 @@ class AnoDdpm(Options):
     cell_px: PositiveInt = 32
     """Of the checkerboard."""
     scores: tuple[ScoreName, ...] = Field(("mse_pixel",), min_length=1)
+    msma: WalkNormOptions = WalkNormOptions()
+    """Of the score `msma`."""
     lpips_weights: str = ""
     """The weights of VGG16 and of LPIPS, for the score `lpips`: a file with all of them, or a folder."""
     precision: Precision = "fp16"
@@ -92,11 +96,13 @@ class AnoDdpm(Options):
 
     @field_validator("scores")
     @classmethod
-    def _of_pixels(cls, value: tuple[ScoreName, ...]) -> tuple[ScoreName, ...]:
+    def _of_pixels(cls, value: tuple[ScoreName, ...], info: Any) -> tuple[ScoreName, ...]:  # noqa: ANN401 - as below
         if "mse_latent" in value:
             raise ValueError("there are no latents: this network works on pixels. Use mse_pixel")
         if set(SEEN) & set(value):
-            raise ValueError("this network knows no keywords. Use mse_pixel, ms_ssim or lpips")
+            raise ValueError("this network knows no keywords. Use mse_pixel, ms_ssim, lpips or msma")
+        if "msma" in value and info.data.get("restoration") == "inpaint":
+            raise ValueError('in-painting knows the noise in half of each tile. For msma, set restoration = "noise"')
         return value
 
     @field_validator("restoration")
@@ -137,8 +143,14 @@ class AnoDdpm(Options):
                 diverged.
             OptionsError: the device does not exist or has too little memory for one tile, a start is not within the
                 schedule, or tiles are of a size that the network cannot halve.
-            CohortError: there are no tiles.
+            CohortError: there are no tiles, or too few for the score `msma`.
         """
+        norms, place = self._norms(), resolve_device(device)
+        norms.require(tiles)
+        self._learn(tiles, checkpoint, device)
+        norms.fit(tiles, checkpoint, lambda: self._restorer(self._trained(checkpoint, place), place))
+
+    def _learn(self, tiles: TileSource, checkpoint: Path, device: str) -> None:
         place = resolve_device(device)
         model, origin = self._beginning()
         # What is learnt stays in full precision; accelerate computes in the precision of the training options.
@@ -168,12 +180,16 @@ class AnoDdpm(Options):
             OptionsError: the device does not exist, or a start is not within the schedule.
         """
         place = resolve_device(device)
-        model = _described(checkpoint / NETWORK) if self.base else self._from_scratch()
-        load_weights(model.unet, checkpoint, self._architecture(model))
-        network = PixelDiffusion(model, place, precision=self.precision)
+        network = self._trained(checkpoint, place)
         if lpips := self._lpips(place):
             require_noted(lpips, checkpoint, weights=self.lpips_weights)
-        return self._scorer(network, place, lpips)
+        return replace(self._scorer(network, place, lpips), densities=self._norms().load(checkpoint))
+
+    def _trained(self, checkpoint: Path, place: torch.device) -> PixelDiffusion:
+        """The network as it was left, for scoring."""
+        model = _described(checkpoint / NETWORK) if self.base else self._from_scratch()
+        load_weights(model.unet, checkpoint, self._architecture(model))
+        return PixelDiffusion(model, place, precision=self.precision)
 
     def _beginning(self) -> tuple[PixelModel, str]:
         """The network before it learns, and what its weights are made of."""
@@ -197,10 +213,18 @@ class AnoDdpm(Options):
     def _lpips(self, place: torch.device) -> Lpips | None:
         return load_lpips(self.lpips_weights, device=place) if "lpips" in self.scores else None
 
+    def _norms(self) -> WalkNorms:
+        walk = {"sampler": self.sampler.model_dump_json()}
+        wanted, seed = "msma" in self.scores, self.training.seed
+        return WalkNorms("anoddpm", wanted, self.msma, walk, self.timesteps, weights=WEIGHTS, seed=seed)
+
     def _scorer(self, network: PixelDiffusion, place: torch.device, lpips: Lpips | None) -> DiffusionScorer:
+        return DiffusionScorer(self._restorer(network, place), self.scores, lpips)
+
+    def _restorer(self, network: PixelDiffusion, place: torch.device) -> Restorer:
         in_painting = self.restoration == "inpaint"
         make_noise = self._noise_maker(len(network.schedule))
-        restorer = Restorer(
+        return Restorer(
             Checkerboard(network, self.cell_px) if in_painting else network,
             self.sampler,
             self.timesteps,
@@ -208,7 +232,6 @@ class AnoDdpm(Options):
             device=place,
             portion=PORTION_CUDA if place.type == "cuda" else CHUNK_TILES,
         )
-        return DiffusionScorer(restorer, self.scores, lpips)
 
     def _noise_maker(self, timesteps: int) -> NoiseMaker:
         return GaussianNoise() if self.noise == "gaussian" else SimplexNoise(timesteps)

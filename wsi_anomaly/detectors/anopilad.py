@@ -5,7 +5,7 @@ takes the noise away under the prompt of the five keywords nearest to the tile.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import ClassVar
@@ -27,6 +27,7 @@ from wsi_anomaly.detectors.diffusion.restoring import Restorer
 from wsi_anomaly.detectors.diffusion.samplers import Plms, SamplerOptions
 from wsi_anomaly.detectors.diffusion.scoring import SEEN, DiffusionScorer, ScoreName, names_of
 from wsi_anomaly.detectors.diffusion.training import train_steps
+from wsi_anomaly.detectors.diffusion.walk_norms import WalkNormOptions, WalkNorms
 from wsi_anomaly.detectors.perceptual import Lpips, load_lpips, note_lpips, require_noted
 from wsi_anomaly.detectors.protocol import Perception, Prompt, TileBatch, TileSource
 from wsi_anomaly.detectors.residuals import mse
@@ -67,6 +68,8 @@ class AnoPilad(Options):
     guidance: float = Field(1.0, ge=1)
     """1 is none. Above, the network is asked twice, and moved away from what the empty prompt gives."""
     scores: tuple[ScoreName, ...] = Field(("mse_latent",), min_length=1)
+    msma: WalkNormOptions = WalkNormOptions()
+    """Of the score `msma`."""
     lpips_weights: str = ""
     """The weights of VGG16 and of LPIPS, for the score `lpips`: a file with all of them, or a folder."""
     precision: Precision = "fp16"
@@ -107,6 +110,12 @@ class AnoPilad(Options):
                 base's schedule, or the tiles have no prompts.
             CohortError: there are too few tiles.
         """
+        norms, place = self._norms(), resolve_device(device)
+        norms.require(tiles)
+        self._learn(tiles, checkpoint, device)
+        norms.fit(tiles, checkpoint, lambda: self._restorer(self._trained(checkpoint, place), place))
+
+    def _learn(self, tiles: TileSource, checkpoint: Path, device: str) -> None:
         place = resolve_device(device)
         base_digest = digest(self.base, offline=self._offline)
         backbone = load_backbone(self.base, offline=self._offline)
@@ -142,6 +151,13 @@ class AnoPilad(Options):
             OptionsError: the device does not exist, or a start is not within the base's schedule.
         """
         place = resolve_device(device)
+        network = self._trained(checkpoint, place)
+        if lpips := self._lpips(place):
+            require_noted(lpips, checkpoint, weights=self.lpips_weights)
+        return replace(self._scorer(network, place, lpips), densities=self._norms().load(checkpoint))
+
+    def _trained(self, checkpoint: Path, place: torch.device) -> LatentDiffusion:
+        """The base with the adapter, for scoring."""
         _require_base(checkpoint, digest(self.base, offline=self._offline))
         backbone = load_backbone(self.base, offline=self._offline)
         load_lora(backbone.unet, checkpoint, fuse=True)
@@ -149,25 +165,29 @@ class AnoPilad(Options):
         network = LatentDiffusion(backbone, place, precision=self.precision, guidance=self.guidance)
         if self.compiled and place.type == "cuda":
             network.compile()
-        if lpips := self._lpips(place):
-            require_noted(lpips, checkpoint, weights=self.lpips_weights)
-        return self._scorer(network, place, lpips)
+        return network
 
     def _lpips(self, place: torch.device) -> Lpips | None:
         return load_lpips(self.lpips_weights, device=place) if "lpips" in self.scores else None
 
+    def _norms(self) -> WalkNorms:
+        walk = {"sampler": self.sampler.model_dump_json(), "guidance": f"{self.guidance:g}"}
+        wanted, seed = "msma" in self.scores, self.training.seed
+        return WalkNorms("anopilad", wanted, self.msma, walk, self.timesteps, weights=LORA_WEIGHTS, seed=seed)
+
     def _scorer(self, network: LatentDiffusion, place: torch.device, lpips: Lpips | None) -> DiffusionScorer:
-        portion = PORTION_CUDA if place.type == "cuda" else CHUNK_TILES
-        restorer = Restorer(
+        return DiffusionScorer(self._restorer(network, place), self.scores, lpips, self._perception())
+
+    def _restorer(self, network: LatentDiffusion, place: torch.device) -> Restorer:
+        return Restorer(
             network,
             self.sampler,
             self.timesteps,
             make_noise=GaussianNoise(),
             device=place,
-            portion=portion,
+            portion=PORTION_CUDA if place.type == "cuda" else CHUNK_TILES,
             check=_require_prompts,
         )
-        return DiffusionScorer(restorer, self.scores, lpips, self._perception())
 
     def _perception(self) -> Perception | None:
         if not set(self.scores) & set(SEEN):

@@ -47,16 +47,18 @@ def gathered(
     *,
     folder: Path,
     identity: str,
+    at_least: int = 16,
 ) -> Float32[np.ndarray, "tile ..."]:
     """The function's values for all of the tiles, going on where an earlier call of this identity was interrupted.
 
-    What is known so far lies in `folder` under `GATHERED`; remove it when the values have been used.
+    The function is given `at_least` tiles at once, where there are as many. What is known so far lies in `folder` under
+    `GATHERED`; remove it when the values have been used.
     """
     folder.mkdir(parents=True, exist_ok=True)
     state = read_unfinished(folder / GATHERED, identity, torch.device("cpu"))
     values = [state["values"].numpy()] if state else []
     done = len(values[0]) if state else 0
-    at_once = max(_LEAST_AT_ONCE, -(-len(tiles) // _SAVINGS))
+    at_once = max(at_least, -(-len(tiles) // _SAVINGS))
     for start in range(done, len(tiles), at_once):
         values.append(function(tiles.read(np.arange(start, min(start + at_once, len(tiles))))))
         kept = {"identity": identity, "values": torch.from_numpy(np.concatenate(values))}
@@ -115,5 +117,4 @@ def read_note(folder: Path, detector: str) -> dict[str, Any]:
     return note
 
 
-_LEAST_AT_ONCE = 16
 _SAVINGS = 32

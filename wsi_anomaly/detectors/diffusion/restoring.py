@@ -7,6 +7,7 @@ After AnoDDPM (Wyatt et al. 2022) and Graham et al., "Denoising diffusion models
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
@@ -23,6 +24,7 @@ from wsi_anomaly.errors import OptionsError
 
 Images = Float32[torch.Tensor, "tile rgb y x"]
 Latents = Float32[torch.Tensor, "tile channel y_latent x_latent"]
+Norms = Float32[torch.Tensor, "tile _"]
 
 Result = TypeVar("Result")
 
@@ -54,10 +56,12 @@ class Network(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Restored:
-    """Some tiles before and after, in the network's space; one `after` for each starting timestep."""
+    """Some tiles before and after, in the network's space; `after` and `norms` have one entry a starting timestep."""
 
     before: Latents
     after: tuple[Latents, ...]
+    norms: tuple[Norms, ...]
+    """Of the noise that the network saw, in the order of the calls."""
 
 
 class Restorer:
@@ -122,18 +126,18 @@ class Restorer:
 
     def _restored(self, batch: TileBatch) -> Restored:
         parts = self._with_room(lambda: [self._restored_portion(batch, part) for part in self._portions(len(batch))])
-        before, *after = (torch.cat(column) for column in zip(*parts, strict=True))
-        return Restored(before, tuple(after))
+        before, *walked = (torch.cat(column) for column in zip(*parts, strict=True))
+        return Restored(before, tuple(walked[::2]), tuple(walked[1::2]))
 
-    def _restored_portion(self, batch: TileBatch, part: slice) -> tuple[Latents, ...]:
-        """Before and after, for one portion that is filled up with black tiles."""
+    def _restored_portion(self, batch: TileBatch, part: slice) -> tuple[torch.Tensor, ...]:
+        """Before, then after and norms of each walk, for one portion that is filled up with black tiles."""
         count = len(batch.seeds[part])
         missing = self.portion - count
         seeds = np.concatenate([batch.seeds[part], np.zeros(missing, np.uint64)])
         condition = self.network.condition((*batch.prompts[part], *((),) * missing))
         before = self.network.encode(_filled(torch.from_numpy(batch.pixels[part]).to(self.device), self.portion))
-        after = [self._walked(before, condition, seeds, trajectory) for trajectory in self.trajectories]
-        return tuple(latents[:count].cpu() for latents in (before, *after))
+        walks = (self._walked(before, condition, seeds, trajectory) for trajectory in self.trajectories)
+        return tuple(values[:count].cpu() for values in (before, *chain.from_iterable(walks)))
 
     def _walked(
         self,
@@ -141,18 +145,25 @@ class Restorer:
         condition: Any,  # noqa: ANN401 - see Network
         seeds: UInt64[np.ndarray, " tile"],
         trajectory: Trajectory,
-    ) -> Latents:
+    ) -> tuple[Latents, Norms]:
         schedule, start = self.network.schedule, trajectory.start
+        norms = []
 
         def noise(draw: int) -> Latents:
             return torch.from_numpy(self._make_noise(seeds, tuple(before.shape[1:]), draw)).to(self.device)
 
+        def predict(latents: Latents, t: int) -> Latents:
+            seen = self.network.noise(latents, t, condition)
+            norms.append(_norm(seen))
+            return seen
+
         denoiser = Denoiser(
             schedule,
-            predict=lambda latents, t: self.network.noise(latents, t, condition),
+            predict=predict,
             fresh_noise=lambda t: noise(len(schedule) * (start + 1) + t),
         )
-        return denoise(self._sampler, schedule.noised(before, noise(start), start), denoiser, start=start)
+        after = denoise(self._sampler, schedule.noised(before, noise(start), start), denoiser, start=start)
+        return after, torch.stack(norms, dim=1)
 
     def _portions(self, count: int) -> Iterator[slice]:
         """At least one, so that no tiles still have a shape."""
@@ -167,6 +178,11 @@ class Restorer:
         self.portion //= 2
         torch.cuda.empty_cache()
         log.warning("the device has too little memory: going on with %d tiles at once", self.portion)
+
+
+def _norm(noise: torch.Tensor) -> Float32[torch.Tensor, " tile"]:
+    """Over all of a tile's values; rounded last, so that the order of the sum does not show."""
+    return noise.double().square().sum(dim=(1, 2, 3)).sqrt().float()
 
 
 def _filled(rows: torch.Tensor, count: int) -> torch.Tensor:

@@ -10,15 +10,18 @@ import numpy as np
 import torch
 from jaxtyping import Float32, UInt8
 
+from wsi_anomaly.detectors.density import Density
 from wsi_anomaly.detectors.diffusion.restoring import Images, Restorer
+from wsi_anomaly.detectors.diffusion.walk_norms import surprise, vectors
 from wsi_anomaly.detectors.perceptual import Lpips
 from wsi_anomaly.detectors.protocol import Perception, TileBatch
 from wsi_anomaly.detectors.residuals import ms_ssim, mse, squared_error_map
 from wsi_anomaly.devices import to_pixels, to_tensor
 
-ScoreName = Literal["mse_latent", "mse_pixel", "ms_ssim", "lpips", "embedding", "keyword_shift"]
+ScoreName = Literal["mse_latent", "mse_pixel", "ms_ssim", "lpips", "embedding", "keyword_shift", "msma"]
 """`embedding`: one minus the cosine of tile and reconstruction, as the image-text model sees them. `keyword_shift`: how
-near the tile is to the keywords of abnormal tissue, less `SHARE_OF_REBUILT` of how near its reconstruction is."""
+near the tile is to the keywords of abnormal tissue, less `SHARE_OF_REBUILT` of how near its reconstruction is.
+`msma`: how unlikely the amounts of noise are that the network sees on the way, guided ones where there is guidance."""
 SEEN: tuple[ScoreName, ...] = ("embedding", "keyword_shift")
 """Those that need the image-text model."""
 SHARE_OF_REBUILT = 0.5
@@ -45,6 +48,8 @@ class DiffusionScorer:
     lpips: Lpips | None = None
     perception: Perception | None = None
     """For the scores of `SEEN`."""
+    densities: tuple[Density, ...] = ()
+    """For the score `msma`: one for each starting timestep."""
 
     @property
     def facts(self) -> Mapping[str, Any]:
@@ -86,9 +91,15 @@ class DiffusionScorer:
         """Each tile as it comes back from the first of the starting timesteps."""
         return _Comparison(self, batch, 0).pixels
 
+    def vectors(self, batch: TileBatch) -> Float32[np.ndarray, "tile call"]:
+        """The norm of the noise that the network sees in each tile at each call, walk after walk."""
+        return vectors(self.restorer, batch)
+
     def _score(self, name: ScoreName, compared: "_Comparison") -> Float32[np.ndarray, " tile"]:
         if name == "mse_latent":
             return self.restorer.in_portions(mse, compared.restored.before, compared.after)
+        if name == "msma":
+            return compared.surprise()
         if name in SEEN:
             return compared.seen_apart(name)
         images = to_tensor(compared.batch.pixels, torch.device("cpu"))
@@ -111,7 +122,7 @@ class _Comparison:
     def __init__(self, scorer: DiffusionScorer, batch: TileBatch, start: int) -> None:
         self.batch, self.restored = batch, scorer.restorer.restore(batch)
         self.after = self.restored.after[start]
-        self._scorer = scorer
+        self._scorer, self._start = scorer, start
 
     @cached_property
     def images(self) -> Float32[np.ndarray, "tile rgb y x"]:
@@ -137,6 +148,10 @@ class _Comparison:
             values = np.asarray(perception.abnormality(before) - rebuilt, np.float32)
         values[~np.isfinite(self.images).all(axis=(1, 2, 3))] = np.nan
         return values
+
+    def surprise(self) -> Float32[np.ndarray, " tile"]:
+        """How unlikely it is what the network sees on the way."""
+        return surprise(self._scorer.densities[self._start], self.restored.norms[self._start].numpy())
 
     @cached_property
     def _seen(self) -> tuple[Float32[np.ndarray, "tile d"], Float32[np.ndarray, "tile d"]]:
