@@ -15,7 +15,13 @@ from wsi_anomaly.detectors.autoencoder import Autoencoder
 from wsi_anomaly.detectors.diffusion.noise import tile_noise
 from wsi_anomaly.detectors.training import TrainingOptions
 from wsi_anomaly.detectors.vae import Vae, VaeScorer, VaeTraining, random_crops, whole_crops
-from wsi_anomaly.detectors.vae_network import LOGITS_AT_ONCE_BYTES, VaeNetwork, with_replaced_values
+from wsi_anomaly.detectors.vae_network import (
+    LOGITS_AT_ONCE_BYTES,
+    Readout,
+    VaeNetwork,
+    windows_of,
+    with_replaced_values,
+)
 from wsi_anomaly.detectors.vae_scores import RegretOptions, adapted, compressed_bits, unlikeliness
 from wsi_anomaly.errors import CohortError, ModelError, OptionsError
 from wsi_anomaly.options import parse_options
@@ -103,19 +109,33 @@ def test_more_draws_tighten_the_bound(scorer: VaeScorer, crops: torch.Tensor) ->
 
 
 def test_no_more_logits_are_held_than_allowed_and_the_gradient_is_the_same() -> None:
-    """Twenty-four crops of 64 px would be 302 MB; in pieces they have the likelihoods and gradients of single ones."""
-    network = VaeNetwork(64, 1, 2, generator=torch.Generator().manual_seed(0)).eval()
-    crops = torch.from_numpy(smooth_tiles(24, 64, seed=1))
+    """Twenty-four crops of 32 px would be 75 MB; in pieces they have the likelihoods and gradients of single ones."""
+    network = VaeNetwork(32, 1, 2, generator=torch.Generator().manual_seed(0)).eval()
+    crops, one_crop = torch.from_numpy(smooth_tiles(24, 32, seed=1)), 4 * 32 * 32 * 3 * 256
     latents = torch.randn(24, 2, generator=torch.Generator().manual_seed(1)).requires_grad_()
     held: list[int] = []
     network.values.register_forward_hook(lambda *arguments: held.append(4 * arguments[2].numel()))
     together = network.log_likelihoods(latents, crops)
     (gradient,) = torch.autograd.grad(together.sum(), latents)
-    assert max(held) <= LOGITS_AT_ONCE_BYTES < 24 * 4 * 64 * 64 * 3 * 256
+    assert max(held) <= max(one_crop, LOGITS_AT_ONCE_BYTES["cpu"]) < 24 * one_crop
     alone = latents[[23]].detach().requires_grad_()
     single = network.log_likelihoods(alone, crops[[23]])
     assert together[23].item() == pytest.approx(single.item(), rel=1e-6)
     assert gradient[23].tolist() == pytest.approx(torch.autograd.grad(single.sum(), alone)[0][0].tolist(), rel=1e-3)
+
+
+def test_slopes_without_logits_are_those_of_the_likelihood() -> None:
+    """By the latents, through a last layer of any weights and a crop of more places than one in each direction."""
+    generator = torch.Generator().manual_seed(0)
+    network = VaeNetwork(16, 2, 3, generator=generator).eval().requires_grad_(requires_grad=False)
+    for weights in network.values.parameters():
+        weights.normal_(generator=generator)
+    crops = torch.from_numpy(odd_tiles(3, 16, seed=1))
+    latents = torch.randn(3, 3, generator=generator).requires_grad_()
+    (expected,) = torch.autograd.grad(-network.log_likelihoods(latents, crops).sum(), latents)
+    windows = windows_of(network.hidden(latents))
+    (found,) = torch.autograd.grad(windows, latents, Readout(network.values, crops).slopes(windows.detach()))
+    assert torch.allclose(found, expected, rtol=1e-4, atol=1e-5 * expected.abs().max().item())
 
 
 def test_encoders_fitted_together_are_those_fitted_one_by_one(scorer: VaeScorer, crops: torch.Tensor) -> None:
@@ -320,3 +340,26 @@ def test_too_few_tiles_are_refused(count: int, tmp_path: Path) -> None:
     """The message says how many there are and how many are needed."""
     with pytest.raises(CohortError, match=f"learn from: {count}, needed: at least 2"):
         TINY.fit(TilesInMemory(smooth_tiles(count, 16, seed=1)), tmp_path, device="cpu")
+
+
+@pytest.mark.slow
+def test_of_made_up_tissue_mucin_and_metastases_are_too_complex_and_fibrosis_is_likely(
+    tissue: Callable[..., np.ndarray], tmp_path: Path
+) -> None:
+    """Likelihood alone finds fibres likelier than normal tissue; what a compressor says puts mucin right.
+
+    AUROC measured with two seeds: 0.99 for mucin and 0.77 for metastases by complexity, 0.15 and 0.11 for fibrosis by
+    likelihood. Necrosis (0.5) goes neither way.
+    """
+    training = VaeTraining(learning_rate=3e-3, batch_size=8, crops_per_tile=4, max_epochs=5)
+    detector = Vae(scores=("complexity", "nll"), crop_px=16, width=8, latents=16, samples=4, training=training)
+    detector.fit(TilesInMemory(tissue(range(1, 25), 8, "normal")), tmp_path, device="cpu")
+    scorer = detector.load(tmp_path, device="cpu")
+    normal = scorer.score(batch_of(tissue(range(500, 516), 2, "normal")))
+    rank = {
+        kind: (scorer.score(batch_of(tissue(range(500, 516), 2, kind)))[:, None] > normal).mean(axis=(0, 1))
+        for kind in ("mucin", "metastasis", "fibrosis")
+    }
+    assert rank["mucin"][0] >= 0.85
+    assert rank["metastasis"][0] >= 0.6
+    assert rank["fibrosis"][1] <= 0.45

