@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 
 from wsi_anomaly.__main__ import main
-from wsi_anomaly.cohort import read_cohort
+from wsi_anomaly.cohort import CohortSlide, read_cohort
 from wsi_anomaly.errors import OutputError
 from wsi_anomaly.execution import Resources
-from wsi_anomaly.pipeline import fit, load_pipeline
+from wsi_anomaly.pipeline import Pipeline, fit, load_pipeline
+from wsi_anomaly.pipeline.preparing import keep_cohort_values
 from wsi_anomaly.storage.cohort_values import categories_of, read_cohort_values, write_cohort_values
 from wsi_anomaly.storage.layout import RunFolder, SlideFolder
 from wsi_anomaly.storage.record import read_record
@@ -147,3 +148,12 @@ def test_damaged_values_are_refused_by_name(tmp_path: Path) -> None:
     (tmp_path / "cohort.json").write_text("[")
     with pytest.raises(OutputError, match=r"cohort\.json: is damaged .* run the same command again"):
         read_cohort_values(tmp_path / "cohort.json")
+
+
+def test_only_the_columns_that_a_pipeline_names_are_kept(tmp_path: Path) -> None:
+    """So models that are compared on one cohort see no more of it than in a run of their own."""
+    slide = CohortSlide("a", tmp_path / "a.tif", values={"scanner": "Aperio", "stain": "H&E"})
+    folder = SlideFolder(tmp_path / "a")
+    for detector, kept in (({"name": "gnsm", "columns": ["stain"]}, {"stain": "H&E"}), ({"name": "autoencoder"}, {})):
+        keep_cohort_values(slide, folder, Pipeline(name="test", detector=detector))
+        assert read_cohort_values(folder.cohort_values) == kept
