@@ -185,6 +185,22 @@ def test_a_second_run_does_nothing(finished: RunFolder, cohort: Cohort, model: M
     ]
 
 
+def test_without_erosion_the_map_is_left_as_it_is(
+    finished: RunFolder, cohort: Cohort, model: Model, tmp_path: Path
+) -> None:
+    """A place as small as one tile counts: no slide scores lower, and some higher."""
+    copy, _ = copied(finished, tmp_path)
+    pipeline = load_pipeline(model.folder.pipeline)
+    plain = pipeline.model_copy(update={"heatmap": pipeline.heatmap.model_copy(update={"erosion": False})})
+    summary = run(to_test(cohort), model, copy.root, resources=RESOURCES, listener=ignore, pipeline=plain)
+    for slide in copy.slides():
+        z, shown = (read_array(slide.heatmap, name) for name in ("z", "z_eroded"))
+        assert np.array_equal(z, shown, equal_nan=True)
+    eroded = {slide_id: row.z_max for slide_id, row in read_slide_table(finished.slide_table).items()}
+    assert all(row.z_max >= eroded[row.slide_id] for row in summary.rows)
+    assert any(row.z_max > eroded[row.slide_id] for row in summary.rows)
+
+
 @pytest.mark.parametrize(
     ("table", "option", "value", "redone"),
     [

@@ -27,6 +27,8 @@ class HeatmapOptions(Options):
 
     scores: tuple[str, ...] = ()
     """The detector's scores whose z-scores are averaged; empty means its first one."""
+    erosion: bool = True
+    """Whether a cell takes the least z of two by two cells, as in the paper: noise goes, and what is one tile large."""
     threshold_z: float = 2.0
     """Eroded z above which tissue belongs to a region."""
 
@@ -45,7 +47,7 @@ def map_slide(folder: SlideFolder, reference: Reference, options: HeatmapOptions
     store = TileStore(folder.tiles)
     z_tile = z_of_tiles(folder, reference, options)
     z = on_grid(z_tile, store.places.cells, store.grid.shape)
-    eroded = erode(z)
+    eroded = erode(z) if options.erosion else z
     cell_um2 = (store.attributes["stride_px"] * store.attributes["tile_mpp"]) ** 2
     z_max, z_99 = slide_scores(eroded)
     facts = {
@@ -54,6 +56,7 @@ def map_slide(folder: SlideFolder, reference: Reference, options: HeatmapOptions
         "area_over_0_um2": float((eroded > 0).sum() * cell_um2),
         "area_over_threshold_um2": float((eroded > options.threshold_z).sum() * cell_um2),
         "tissue_um2": float(np.isfinite(z).sum() * cell_um2),
+        "erosion": options.erosion,
         "threshold_z": options.threshold_z,
         "z_from": reference.source,
     }
