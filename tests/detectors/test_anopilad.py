@@ -295,7 +295,7 @@ def test_the_loss_falls(tiny_base: Path, tmp_path: Path) -> None:
     assert np.mean(losses[-20:]) < np.mean(losses[:20])
 
 
-@pytest.mark.slow
+@pytest.mark.full_size
 @pytest.mark.skipif(psutil.virtual_memory().available < 12 * 2**30, reason="needs 12 GiB of free memory")
 def test_stable_diffusion_of_full_size_learns_two_steps_and_scores_two_tiles(tmp_path: Path) -> None:
     """860 million weights, random, on the CPU."""
