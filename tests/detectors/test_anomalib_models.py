@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import socket
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from wsi_anomaly.detectors.anomalib_library import library
@@ -20,7 +22,7 @@ from wsi_anomaly.errors import CohortError, ModelError, OptionsError
 from wsi_anomaly.synthetic import synthetic_tiles
 from wsi_anomaly.testing import DetectorContract, TilesInMemory, batch_of, smooth_tiles
 
-TINY = Anomalib(image_px=64, batch_size=16)
+TINY = Anomalib(model="padim", image_px=64)
 RESNET: dict[str, Any] = {"backbone": "resnet18"}
 installed = pytest.mark.skipif(
     find_spec("anomalib") is None, reason="needs the extra: pip install wsi-anomaly[anomalib]"
@@ -135,7 +137,7 @@ def test_the_backbone_is_that_of_the_file(tmp_path: Path) -> None:
     backbone = timm.create_model("resnet18", pretrained=False)
     torch.nn.init.constant_(backbone.conv1.weight, 0.125)
     save_file(backbone.state_dict(), tmp_path / "resnet18.safetensors")
-    detector = Anomalib(image_px=64, backbone_weights=str(tmp_path / "resnet18.safetensors"))
+    detector = Anomalib(model="padim", image_px=64, backbone_weights=str(tmp_path / "resnet18.safetensors"))
     detector.fit(TilesInMemory(smooth_tiles(8, 64, seed=1)), tmp_path / "model", device="cpu")
     os.remove(tmp_path / "resnet18.safetensors")  # noqa: PTH107 - as a user would lose it
     weights = load_file(tmp_path / "model" / "weights.safetensors")
@@ -165,6 +167,72 @@ def test_models_that_take_long_to_learn_survive_their_folder(
     scores = [detector.load(tmp_path, device="cpu").score(batch) for _ in range(2)]
     assert np.isfinite(scores[0]).all()
     assert np.array_equal(*scores)
+
+
+@pytest.fixture
+def efficient_ad(tmp_path: Path) -> Anomalib:
+    """A small one, with a folder of pictures and its teacher in a file."""
+    (tmp_path / "pictures" / "clouds").mkdir(parents=True)
+    for number, pixels in enumerate(smooth_tiles(2, 32, seed=5)):
+        Image.fromarray(pixels).save(tmp_path / "pictures" / "clouds" / f"{number}.png")
+    small = library("anomalib.models.image.efficient_ad.torch_model").SmallPatchDescriptionNetwork(out_channels=4)
+    torch.nn.init.constant_(small.conv1.bias, 0.125)
+    torch.save(small.state_dict(), tmp_path / "teacher.pth")
+    parameters = {"teacher_out_channels": 4, "imagenet_dir": str(tmp_path / "pictures")}
+    return Anomalib(
+        model="efficient_ad", epochs=1, backbone_weights=str(tmp_path / "teacher.pth"), parameters=parameters
+    )
+
+
+@installed
+@pytest.mark.slow
+def test_efficient_ad_learns_from_files_alone(
+    efficient_ad: Anomalib, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The teacher is that of the file, a tile held out gives the scale of the maps, and the library shows nothing."""
+    tiles = TilesInMemory(smooth_tiles(3, 256, seed=1))
+    efficient_ad.fit(tiles, tmp_path / "model", device="cpu")
+    assert not capfd.readouterr().err
+    shutil.rmtree(tmp_path / "pictures")
+    weights = load_file(tmp_path / "model" / "weights.safetensors")
+    assert (weights["teacher.conv1.bias"] == 0.125).all()
+    assert (weights["student.conv1.bias"] != 0.125).all()
+    assert 0 < weights["quantiles.qa_st"] < weights["quantiles.qb_st"]
+    batch = batch_of(smooth_tiles(2, 256, seed=2))
+    scorers = [efficient_ad.load(tmp_path / "model", device="cpu") for _ in range(2)]
+    scores = [scorer.score(batch) for scorer in scorers]
+    assert np.array_equal(*scores)
+    assert isinstance(scorers[0], AnomalibLocalizer)
+    assert scores[0][:, 0] == pytest.approx(scorers[0].score_map(batch).max(axis=(1, 2)), rel=1e-5)
+
+
+@installed
+def test_efficient_ad_says_what_it_lacks(efficient_ad: Anomalib, tmp_path: Path) -> None:
+    """Pictures, tiles that are large enough, and a teacher that is one."""
+    tiles = TilesInMemory(smooth_tiles(3, 256, seed=1))
+
+    def refused(error: type[Exception], message: str, **changes: object) -> None:
+        with pytest.raises(error, match=message):
+            efficient_ad.model_copy(update=changes).fit(tiles, tmp_path / "model", device="cpu")
+
+    refused(OptionsError, "imagenette: holds no folders of pictures.*imagenet_dir under", parameters={})
+    (tmp_path / "empty").mkdir()
+    refused(OptionsError, "empty: holds no folders", parameters={"imagenet_dir": str(tmp_path / "empty")})
+    refused(OptionsError, "image_px is 128: efficient_ad sees tiles of 256 px or more", image_px=128)
+    save_file({"weight": torch.zeros(1)}, tmp_path / "other.safetensors")
+    refused(
+        ModelError, "another architecture.*pretrained_teacher_small", backbone_weights=f"{tmp_path}/other.safetensors"
+    )
+
+
+@installed
+@pytest.mark.slow
+def test_a_damaged_picture_is_told_with_its_folder(efficient_ad: Anomalib, tmp_path: Path) -> None:
+    """Not with a traceback in the middle of training."""
+    for path in (tmp_path / "pictures" / "clouds").iterdir():
+        path.write_bytes(path.read_bytes()[:60])
+    with pytest.raises(OptionsError, match="pictures: one of the pictures cannot be read"):
+        efficient_ad.fit(TilesInMemory(smooth_tiles(2, 256, seed=1)), tmp_path / "model", device="cpu")
 
 
 @installed

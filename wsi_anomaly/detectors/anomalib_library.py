@@ -5,6 +5,7 @@ import random
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partialmethod
 from importlib import import_module
 from typing import Any
 
@@ -22,8 +23,12 @@ def train(
     *,
     epochs: int,
     batch_size: int,
+    held_out: UInt8[np.ndarray, "held_out y x rgb"] | None = None,
 ) -> None:
-    """Fit a Lightning module of the library by its own steps, with nothing written, logged or shown."""
+    """Fit a Lightning module of the library by its own steps, with nothing written, logged or shown.
+
+    Where the module looks at normal tiles that it has not learnt from, `held_out` are shown to it after the last epoch.
+    """
     lightning, image_batch = library("lightning.pytorch"), library("anomalib.data").ImageBatch
 
     def collated(tiles: list[torch.Tensor]) -> Any:  # noqa: ANN401 - the library's
@@ -35,15 +40,22 @@ def train(
             gt_mask=torch.zeros_like(images[:, 0]).bool(),
         )
 
-    # Batch statistics of a last tile that is alone would be none.
-    alone = len(pixels) % batch_size == 1 and len(pixels) > 1
-    tiles: Any = torch.from_numpy(pixels)  # as good as a Dataset
-    loader: Any = torch.utils.data.DataLoader(
-        tiles, batch_size=batch_size, shuffle=True, collate_fn=collated, drop_last=alone
-    )
+    def batches(tiles: UInt8[np.ndarray, "tile y x rgb"], *, shuffle: bool) -> Any:  # noqa: ANN401 - of anything
+        # Batch statistics of a last tile that is alone would be none.
+        alone = shuffle and len(tiles) % batch_size == 1 and len(tiles) > 1
+        dataset: Any = torch.from_numpy(tiles)  # as good as a Dataset
+        return torch.utils.data.DataLoader(
+            dataset, batch_size=batch_size, shuffle=shuffle, collate_fn=collated, drop_last=alone
+        )
+
+    # Some models ask for the tiles before training starts, or how many come at once, and look for them here.
+    tiles = lightning.LightningDataModule()
+    tiles.train_batch_size, tiles.train_dataloader = batch_size, lambda: batches(pixels, shuffle=True)
+    if held_out is not None:
+        tiles.val_dataloader = lambda: batches(held_out, shuffle=False)
     for name in ("lightning.pytorch", "lightning.pytorch.utilities.rank_zero"):  # they tell of devices and advertise
         logging.getLogger(name).setLevel(logging.ERROR)
-    settings = {"max_epochs": epochs, **module.trainer_arguments, "devices": 1}
+    settings = {"max_epochs": epochs, "check_val_every_n_epoch": epochs, **module.trainer_arguments, "devices": 1}
     trainer = lightning.Trainer(
         **settings,
         accelerator="gpu" if device.type == "cuda" else "cpu",
@@ -52,7 +64,9 @@ def train(
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    trainer.fit(module, loader)
+    bars = library("tqdm").tqdm
+    with patched(bars, "__init__", partialmethod(bars.__init__, disable=True)):
+        trainer.fit(module, datamodule=tiles)
 
 
 @contextmanager
@@ -76,11 +90,8 @@ def weights_of(path: str) -> Iterator[None]:
         except (OSError, RuntimeError, KeyError) as error:
             raise ModelError(f"{path}: does not hold timm's weights of '{name}' ({error}). Give their file.") from error
 
-    timm.create_model = create_from_file
-    try:
+    with patched(timm, "create_model", create_from_file):
         yield
-    finally:
-        timm.create_model = create
 
 
 def library(name: str) -> Any:  # noqa: ANN401 - a module
@@ -97,6 +108,17 @@ def library(name: str) -> Any:  # noqa: ANN401 - a module
             f"the detector 'anomalib' needs the Python package '{error.name}', which is not installed. "
             "Install it: pip install 'wsi-anomaly[anomalib]'"
         ) from error
+
+
+@contextmanager
+def patched(owner: Any, name: str, value: object) -> Iterator[None]:  # noqa: ANN401 - a module
+    """Inside, the owner has another attribute of this name."""
+    before = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, before)
 
 
 @contextmanager

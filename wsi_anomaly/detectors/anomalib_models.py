@@ -9,10 +9,11 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from jaxtyping import Float32
+from jaxtyping import Float32, UInt8
 from pydantic import Field, PositiveInt
 
-from wsi_anomaly.detectors.anomalib_library import library, quiet, seeded, train, weights_of
+from wsi_anomaly.detectors import anomalib_efficient_ad, anomalib_library
+from wsi_anomaly.detectors.anomalib_library import library, quiet, seeded, weights_of
 from wsi_anomaly.detectors.gathered import forget, gathered
 from wsi_anomaly.detectors.protocol import TileBatch, TileSource
 from wsi_anomaly.detectors.sampling import even_sample
@@ -27,6 +28,7 @@ FORMAT_VERSION = 1
 MODELS = {
     "dfkde": "Dfkde",
     "dfm": "Dfm",
+    "efficient_ad": "EfficientAd",
     "fastflow": "Fastflow",
     "fre": "Fre",
     "ganomaly": "Ganomaly",
@@ -35,11 +37,11 @@ MODELS = {
     "reverse_distillation": "ReverseDistillation",
     "stfpm": "Stfpm",
 }
-"""Those that need no weights, pictures or answers from the network but a backbone's. By our name, the class."""
+"""Those that need nothing from the network but weights or pictures that files can hold. By our name, the class."""
 
 
 class Anomalib(Options):
-    """A model of the library anomalib: PaDiM, PatchCore, STFPM, FastFlow, GANomaly and others.
+    """A model of the library anomalib: PaDiM, PatchCore, STFPM, EfficientAD, FastFlow, GANomaly and others.
 
     PaDiM has a normal for each place of a tile, and tissue has no places: on made-up tissue, with a backbone that has
     learnt nothing, it finds metastases but ranks necrosis, fibrosis and mucin below normal tiles. PatchCore ranks
@@ -52,15 +54,17 @@ class Anomalib(Options):
 
     model: str = "patchcore"
     backbone_weights: str = ""
-    """A safetensors or PyTorch file with timm's weights of the model's backbone. Without, these are random: nothing is
-    fetched."""
+    """A safetensors or PyTorch file with timm's weights of the model's backbone, or with the teacher of efficient_ad
+    from anomalib. Without, these are random: nothing is fetched."""
     parameters: dict[str, bool | int | float | str | list[int | float | str]] = Field(default_factory=dict)
-    """Of the library's class, such as backbone or coreset_sampling_ratio."""
+    """Of the library's class, such as backbone, coreset_sampling_ratio or, for efficient_ad, imagenet_dir: a folder of
+    folders of pictures of anything but tissue, such as ImageNette, without which it does not learn."""
     image_px: PositiveInt = 256
     """Tiles are brought to this width and height."""
     epochs: PositiveInt = 10
     """For the models that learn; those that only remember go once over the tiles."""
     batch_size: PositiveInt = 16
+    """How many tiles a model learns from at once; efficient_ad always takes one."""
     most_tiles: PositiveInt = 500
     """How many tiles are learnt from, evenly from all slides. PaDiM and PatchCore hold the features of all of them in
     memory: PaDiM with ResNet-18 about 2 MB for a tile of 256 px."""
@@ -89,10 +93,12 @@ class Anomalib(Options):
             return
         with seeded(self.seed), quiet():
             module = self._module(self.backbone_weights)
+            if self.model == _EFFICIENT_AD:
+                anomalib_efficient_ad.prepare(module, self.backbone_weights, image_px=self.image_px)
             fresh = _shapes(module.model)
             chosen = even_sample(tiles.groups, self.most_tiles, seed=self.seed)
             pixels = gathered(tiles, chosen, lambda batch: batch.pixels, folder=checkpoint, identity=identity)
-            train(module, pixels, place, epochs=self.epochs, batch_size=self.batch_size)
+            self._train(module, pixels, place)
         network = module.cpu().eval().model
         grown = {name: shape for name, shape in _shapes(network).items() if shape != fresh.get(name)}
         with torch.inference_mode():
@@ -123,6 +129,12 @@ class Anomalib(Options):
         load_weights(module.model, checkpoint, self._architecture())
         scorer = AnomalibScorer(module.eval().to(place), place)
         return AnomalibLocalizer(scorer) if facts["maps"] else scorer
+
+    def _train(self, module: Any, pixels: UInt8[np.ndarray, "tile y x rgb"], place: torch.device) -> None:  # noqa: ANN401
+        if self.model == _EFFICIENT_AD:
+            anomalib_efficient_ad.train(module, pixels, place, epochs=self.epochs)
+        else:
+            anomalib_library.train(module, pixels, place, epochs=self.epochs, batch_size=self.batch_size)
 
     def _architecture(self) -> dict[str, Any]:
         options = {"model": self.model, "image_px": self.image_px, "parameters": self.parameters}
@@ -231,4 +243,5 @@ def _facts(folder: Path) -> dict[str, Any]:
         return {}
 
 
+_EFFICIENT_AD = "efficient_ad"
 _FEWEST_TILES = 2
