@@ -211,6 +211,8 @@ def test_detectors_are_listed_with_what_they_need_and_give() -> None:
     assert re.search(
         r"nothing +mse; map; reconstruction +Gong et al., ICCV 2019 +- +wsi-anomaly$", lines["autoencoder"]
     )
+    assert re.search(r"nothing +anomalib; map \(some\) +Akcay et al., ICIP 2022 +anomalib: Apache", lines["anomalib"])
+    assert "spatial_msma; map " in lines["spatial_msma"]
 
 
 class Plain:

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, get_type_hints
+from typing import Annotated, Any, get_args, get_type_hints
 
 import typer
 from rich.markup import escape
@@ -58,14 +58,15 @@ def _score_names(detector: Any) -> tuple[str, ...]:  # noqa: ANN401
 
 
 def _kinds_of_output(detector: Any) -> Iterator[str]:  # noqa: ANN401
-    """What its scorer can do beside scores, by the class that `load` is said to return."""
+    """What its scorer can do beside scores, by the class that `load` is said to return, or by each of several."""
     try:
         scorer = get_type_hints(detector.load).get("return")
     except (AttributeError, NameError, TypeError):
         return
     for method, kind in (("score_map", "map"), ("reconstruct", "reconstruction")):
-        if hasattr(scorer, method):
-            yield kind
+        can = [hasattr(each, method) for each in get_args(scorer) or (scorer,)]
+        if any(can):
+            yield kind if all(can) else f"{kind} (some)"
 
 
 def pipelines(

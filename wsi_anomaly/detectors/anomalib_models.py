@@ -50,6 +50,7 @@ class Anomalib(Options):
 
     score_names: ClassVar[tuple[str, ...]] = ("anomalib",)
     paper: ClassVar[str] = "Akcay et al., ICIP 2022"
+    licence_of: ClassVar[str] = "anomalib: Apache-2.0"
     needs: ClassVar[tuple[str, ...]] = ()
 
     model: str = "patchcore"

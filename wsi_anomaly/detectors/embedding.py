@@ -48,6 +48,7 @@ class Embedding(Options):
 
     score_names: ClassVar[tuple[str, ...]] = ("outlierness",)
     paper: ClassVar[str] = "Zhao et al., JMLR 2019"
+    licence_of: ClassVar[str] = "CONCH: CC BY-NC-ND 4.0"
     needs: ClassVar[tuple[str, ...]] = ("embeddings",)
 
     method: str = "KNN"

@@ -62,6 +62,7 @@ class Gnsm(Options):
 
     score_names: ClassVar[tuple[str, ...]] = ("gnsm",)
     paper: ClassVar[str] = "Mahmood, thesis, chapter 4"
+    licence_of: ClassVar[str] = "CONCH: CC BY-NC-ND 4.0"
     needs: ClassVar[tuple[str, ...]] = ("prompts",)
 
     columns: tuple[str, ...] = ()
