@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from typer.main import get_command
 from typer.testing import CliRunner
 
 from wsi_anomaly.cli.app import app
@@ -123,7 +124,7 @@ def alone(slides: Path, first: Path, second: Path, tmp_path_factory: pytest.Temp
 def compared(slides: Path, first: Path, second: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What `compare` leaves of both."""
     out = tmp_path_factory.mktemp("compared")
-    status, printed = command("compare", slides, "-m", first, "--models", second, "-o", out, "--workers", 1)
+    status, printed = command("compare", slides, "--models", first, second, "-o", out, "--workers", 1)
     assert status == 0
     assert all(name in printed for name in ("first:", "second:", *SLIDES))
     return out
@@ -253,6 +254,23 @@ def test_models_of_other_tiles_are_refused_by_name(
     with pytest.raises(OptionsError, match=r"coarse.*first.*\[tissue\] mpp is 16.0.*tile_px is 128 instead of 64"):
         command("compare", slides, "-m", first, "-m", coarse, "-o", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "SLIDES --models A B",
+        "SLIDES --models A B -o OUT",
+        "SLIDES -m A -m B",
+        "-m A --models B -- SLIDES",
+        "-m A B -q SLIDES",
+    ],
+)
+def test_models_are_given_side_by_side_or_one_by_one(arguments: str) -> None:
+    """All values up to the next option are models, and two dashes are the end of options."""
+    read = get_command(app).commands["compare"].make_context("compare", arguments.split()).params  # type: ignore[attr-defined]
+    assert read["models"] == [Path("A"), Path("B")]
+    assert read["slides"] == [Path("SLIDES")]
 
 
 def test_models_of_one_name_are_told_apart() -> None:

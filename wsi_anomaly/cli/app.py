@@ -4,9 +4,11 @@ Heavy libraries are imported inside the commands that need them, so that `--help
 """
 
 import sys
+from collections.abc import Callable
 from typing import Annotated
 
 import typer
+from typer.core import TyperCommand
 
 from wsi_anomaly.cli import comparison, evaluation, exploration, inspection, stage_commands, work
 from wsi_anomaly.cli.console import stderr
@@ -48,9 +50,10 @@ _PANELS = {
         inspection.validate_geojson,
     ),
 }
+_CLASSES: dict[Callable[..., None], type[TyperCommand]] = {comparison.compare: comparison.ModelsCommand}
 for panel, commands in _PANELS.items():
     for command in commands:
-        app.command(rich_help_panel=panel)(command)
+        app.command(rich_help_panel=panel, cls=_CLASSES.get(command))(command)
 
 
 @app.callback(invoke_without_command=True)

@@ -1,10 +1,12 @@
 """The command compare."""
 
+from collections.abc import Iterable, Iterator
 from itertools import chain
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 from wsi_anomaly.cli import parameters as p
 from wsi_anomaly.cli.console import session, stdout
@@ -12,15 +14,26 @@ from wsi_anomaly.cli.evaluation import Annotations, Labels, evaluate
 from wsi_anomaly.cli.tables import print_slides
 from wsi_anomaly.execution import Resources
 
+_MODELS = ("--models", "-m")
+
 Models = Annotated[
     list[Path],
     typer.Option(
-        "--models",
-        "-m",
-        help="A model folder that 'fit' made, or the name of a model that comes with the package; once for each.",
+        *_MODELS,
+        metavar="MODEL...",
+        help="Model folders that 'fit' made, or names of models that come with the package: all up to the next option, "
+        "or one each time.",
         show_default=False,
     ),
 ]
+
+
+class ModelsCommand(TyperCommand):
+    """A command whose option --models takes several values, which click knows of arguments only."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:  # noqa: ANN401 - some versions of typer bring a click of their own
+        """As click does, after `--models a b` has become `--models a --models b`."""
+        return super().parse_args(ctx, list(_one_each(args)))
 
 
 def compare(
@@ -72,3 +85,15 @@ def compare(
         evaluate([folder.root for folder in mapped], annotations, labels, quiet=quiet, log_file=log_file)
     if any(summary.failed for summary in summaries):
         raise typer.Exit(1)
+
+
+def _one_each(arguments: Iterable[str]) -> Iterator[str]:
+    option = ""
+    for argument in arguments:
+        if argument.startswith("-"):
+            option = argument if argument in _MODELS else ""
+            if option:
+                continue
+        elif option:
+            yield option
+        yield argument
