@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,7 @@ def fitted(tmp_path_factory: pytest.TempPathFactory) -> Fit:
 def tissue() -> Callable[[range, int, TileKind], np.ndarray]:
     """Made-up tiles of 64 px, `tissue(slides, number, kind)`: as many of each slide; one slide is one stain."""
 
+    @cache
     def drawn(slides: range, number: int, kind: TileKind) -> np.ndarray:
         tiles = [synthetic_tiles(slide, number, tile_px=64, kinds=(kind,)) for slide in slides]
         return np.stack([pixels for of_slide in tiles for pixels, _ in of_slide])
