@@ -125,6 +125,7 @@ def write_tiles(tmp_path: Path) -> Callable[..., SlideFolder]:
         columns: int = 40,
         tile_px: int = TILE_PX,
         results: Path | None = None,
+        grey: int | None = None,
     ) -> SlideFolder:
         folder = RunFolder(results or tmp_path / "results").slide(slide_id)
         grid = Grid.over(
@@ -136,6 +137,8 @@ def write_tiles(tmp_path: Path) -> Callable[..., SlideFolder]:
         cells = grid.cells()[:count]
         places = TilePlaces(grid.origins(cells), cells, np.ones(count, np.float32))
         pixels = np.random.default_rng(seed).integers(0, 256, (count, tile_px, tile_px, 3), np.uint8)
+        if grey is not None:
+            pixels[:] = grey
         attributes = {
             "slide_id": slide_id,
             "tile_mpp": 0.5,

@@ -16,6 +16,7 @@ from wsi_anomaly import __version__, plugins
 from wsi_anomaly.cli.app import app, main
 from wsi_anomaly.cli.tables import listing_lines
 from wsi_anomaly.errors import KeywordError, MissingOutputError, ModelError, OptionsError
+from wsi_anomaly.pipeline import doctor
 from wsi_anomaly.plugins import DETECTORS
 from wsi_anomaly.storage.slide_table import read_slide_table
 from wsi_anomaly.synthetic import write_slide
@@ -206,12 +207,17 @@ def test_detectors_are_listed_with_what_they_need_and_give() -> None:
     _, out, _ = command("detectors")
     lines = {line.split()[0]: line for line in out.splitlines()}
     assert re.search(
-        r"prompts, GPU +mse_latent; map; reconstruction +Kim et al., MICCAI 2025 +.*Open RAIL", lines["anopilad"]
+        r"prompts, GPU +mse_latent; map; reconstruction +mse.* below normal tissue +Kim et al., MICCAI 2025 +.*Open RAIL",
+        lines["anopilad"],
     )
     assert re.search(
-        r"nothing +mse; map; reconstruction +Gong et al., ICCV 2019 +- +wsi-anomaly$", lines["autoencoder"]
+        r"nothing +mse; map; reconstruction +can rank tumour below normal tissue +Gong et al., ICCV 2019 +- +wsi-anomaly$",
+        lines["autoencoder"],
     )
-    assert re.search(r"nothing +anomalib; map \(some\) +Akcay et al., ICIP 2022 +anomalib: Apache", lines["anomalib"])
+    assert re.search(
+        r"the extra anomalib +anomalib; map \(some\) +ranks.* +Akcay et al., ICIP 2022 +anomalib: Apache",
+        lines["anomalib"],
+    )
     assert "spatial_msma; map " in lines["spatial_msma"]
 
 
@@ -241,9 +247,9 @@ def test_a_plug_in_that_tells_nothing_is_listed_too(monkeypatch: pytest.MonkeyPa
     status, out, _ = command("detectors")
     assert status == 0
     lines = {line.split()[0]: line for line in out.splitlines()}
-    assert lines["plain"].split()[-5:] == ["-"] * 5
-    assert re.search(r"embeddings +odd, odder; map +Somebody, 2030 +- +-$", lines["telling"])
-    assert lines["bare"].split() == ["bare", *"------"]
+    assert lines["plain"].split()[-6:] == ["-"] * 6
+    assert re.search(r"embeddings +odd, odder; map +- +Somebody, 2030 +- +-$", lines["telling"])
+    assert lines["bare"].split() == ["bare", *"-------"]
     assert "pip install package_that_nobody_has" in out
 
 
@@ -263,6 +269,33 @@ def test_no_word_of_a_listing_is_cut(screen: int | None) -> None:
     elif screen >= 40:
         assert max(map(len, lines)) <= screen
     assert (lines[0].split()[:2] == ["detector", "what"]) == (screen is None or screen >= 80)
+
+
+@pytest.mark.parametrize("name", ["prompt", "heatmap"])
+def test_names_in_brackets_are_not_lost_from_the_help(name: str) -> None:
+    """Rich takes them for markup."""
+    assert f"[{name}] options" in " ".join(command(name, "--help")[1].replace("│", " ").split())
+
+
+def test_the_doctor_tells_which_extra_is_missing_and_calls_it_no_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the line that installs it; and says so where it is there."""
+    monkeypatch.setattr(Telling, "extra", "no_such_package", raising=False)
+    monkeypatch.setattr(plugins, "load_plugin", lambda *_: Telling)
+    monkeypatch.setattr(doctor, "load_plugin", lambda *_: Telling)
+    entry = EntryPoint("odd", "odd:Odd", DETECTORS)
+    monkeypatch.setattr(doctor, "installed", lambda _: {"odd": entry})
+    findings = {finding.what: finding for finding in doctor.examine()}
+    assert findings["detector odd"].well
+    assert "no_such_package is not installed" in findings["detector odd"].found
+    assert "pip install 'wsi-anomaly[no_such_package]'" in findings["detector odd"].remedy
+    assert {"pyod", "scikit-learn", "zuko"} <= findings.keys()
+    status, out, _ = command("doctor")
+    assert status == 0
+    assert re.search(r"note +detector odd", out)
+    assert "pip install 'wsi-anomaly[no_such_package]'" in out
+    monkeypatch.setattr(Telling, "extra", "numpy")
+    (finding,) = [finding for finding in doctor.examine() if finding.what == "detector odd"]
+    assert not finding.remedy
 
 
 def test_keyword_lists_are_listed_and_printed() -> None:

@@ -157,3 +157,16 @@ def test_only_the_columns_that_a_pipeline_names_are_kept(tmp_path: Path) -> None
     for detector, kept in (({"name": "gnsm", "columns": ["stain"]}, {"stain": "H&E"}), ({"name": "autoencoder"}, {})):
         keep_cohort_values(slide, folder, Pipeline(name="test", detector=detector))
         assert read_cohort_values(folder.cohort_values) == kept
+
+
+def test_one_table_is_cohort_and_truth(command: Command, model: Path, slides: Path, tmp_path: Path) -> None:
+    """`run` leaves its labels alone, `evaluate` the columns that the run looked at."""
+    truth = slides / "truth.csv"
+    truth.write_text("path,slide_id,scanner,label\nd.tif,d,Aperio,normal\na.tif,a,Aperio,abnormal\n")
+    assert command("run", truth, "--model", model, "--out", tmp_path, "--device", "cpu", "--quiet")[0] == 0
+    for option in ("--annotations", "--labels"):
+        status, said = command("evaluate", tmp_path, option, truth)
+        assert status == 0, said
+        assert "slide auroc z max" in said
+    truth.write_text(truth.read_text().replace("scanner", "skanner"))
+    assert "unknown column 'skanner'" in command("evaluate", tmp_path, "--labels", truth)[1]

@@ -273,6 +273,14 @@ def test_models_are_given_side_by_side_or_one_by_one(arguments: str) -> None:
     assert read["slides"] == [Path("SLIDES")]
 
 
+def test_slides_that_models_took_are_missed_with_a_remedy() -> None:
+    """They look like one more model."""
+    result = CliRunner().invoke(app, ["compare", "--models", "a", "b", "slides/test"])
+    assert result.exit_code == 2
+    assert "Missing argument 'SLIDES...'" in result.output
+    assert "--models A B -- SLIDES" in " ".join(result.output.replace("│", " ").split())
+
+
 def test_models_of_one_name_are_told_apart() -> None:
     """By the folders above, as far as needed; also on disks that take upper and lower case for the same."""
     assert result_names([Path("/m/a"), Path("/m/b")]) == ("a", "b")

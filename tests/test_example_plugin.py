@@ -35,7 +35,7 @@ def test_the_guide_names_what_a_detector_may_be() -> None:
     from wsi_anomaly.detectors import protocol
 
     optional = [name for name, value in vars(protocol).items() if getattr(value, "_is_protocol", False)]
-    named = {*optional, "paper", "needs", "licence_of", "outputs"} - {"Protocol"}
+    named = {*optional, "paper", "needs", "caution", "licence_of", "outputs"} - {"Protocol"}
     assert {name for name in named if f"`{name}`" not in GUIDE} == set()
 
 

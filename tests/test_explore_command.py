@@ -54,44 +54,45 @@ def explore(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
 
 @pytest.fixture
 def write_results(write_tiles: Callable[..., SlideFolder], tmp_path: Path) -> WriteResults:
-    """What `run` leaves of three slides: `write_results("name", scores=2, embeddings=True, z=True, slides=SLIDES)`."""
+    """What `run` leaves of three slides: `write_results("name", scores=2, vectors=0, embeddings="conch", z=True)`."""
 
     def write(
         name: str = "results",
         *,
         scores: int = 2,
-        embeddings: bool = True,
+        vectors: int = 0,
+        embeddings: str = "conch",
         z: bool = True,
         slides: tuple[str, ...] = SLIDES,
         tiles: int = TILES,
         corrupt: tuple[int, ...] = (),
-        model: str = "conch",
     ) -> Path:
         for slide_id in slides:
-            seed = SLIDES.index(slide_id)
+            seed = SLIDES.index(slide_id) if slide_id in SLIDES else len(slide_id)
             folder = write_tiles(
                 tiles, slide_id=slide_id, seed=seed, tile_px=16, corrupt=corrupt, results=tmp_path / name
             )
-            vectors = np.random.default_rng(seed).normal(size=(tiles, 8)).astype(np.float32)
+            values = np.random.default_rng(seed).normal(size=(tiles, 8)).astype(np.float32)
             if slide_id == "sick":
-                vectors[LESION] += 6
-            vectors[list(corrupt)] = np.nan
+                values[LESION] += 6
+            values[list(corrupt)] = np.nan
             if scores:
-                write_scores(folder, vectors[:, :scores])
+                write_scores(folder, values[:, :scores], values[:, 8 - vectors :] if vectors else None)
             if embeddings:
-                write_embeddings(folder, vectors, model)
+                write_embeddings(folder, values, embeddings)
             if z:
-                write_z(folder, vectors[:, 0])
+                write_z(folder, values[:, 0])
         return tmp_path / name
 
     return write
 
 
-def write_scores(folder: SlideFolder, scores: np.ndarray) -> None:
-    """As the stage `score` does."""
+def write_scores(folder: SlideFolder, scores: np.ndarray, vectors: np.ndarray | None = None) -> None:
+    """As the stage `score` does; without vectors also as it did before there were any."""
     names = ["mse", "ms_ssim", "lpips"][: scores.shape[1]]
+    arrays = {"scores": scores} | ({} if vectors is None else {"vectors": vectors})
     with writing(folder.root, Recipe("score", 1)) as work:
-        write_arrays(work.folder / folder.scores.name, {"scores": scores}, {"detector": "toy", "score_names": names})
+        write_arrays(work.folder / folder.scores.name, arrays, {"detector": "toy", "score_names": names})
 
 
 def write_embeddings(folder: SlideFolder, vectors: np.ndarray, model: str) -> None:
@@ -124,13 +125,23 @@ def total(results: Path, column: str) -> int:
     return sum(int(row[column]) for row in table_of(results))
 
 
-@pytest.mark.parametrize("of", ["scores", "embeddings"])
-def test_abnormal_tissue_has_a_region_of_its_own(write_results: WriteResults, explore: Explore, of: str) -> None:
+@pytest.mark.parametrize(
+    ("of", "vectors", "said"),
+    [
+        ("scores", 0, "the scores mse, ms_ssim of toy"),
+        ("scores", 4, "the score vectors of toy (4 values a tile)"),
+        ("embeddings", 4, "embeddings of conch (01234567)"),
+    ],
+)
+def test_abnormal_tissue_has_a_region_of_its_own(
+    write_results: WriteResults, explore: Explore, of: str, vectors: int, said: str
+) -> None:
     """The tiles of the lesion lie in cells apart, of high z, at one end of the map."""
-    results = write_results()
+    results = write_results(vectors=vectors)
     done = explore(results, "--of", of)
     assert done.status == 0, done.err
-    assert f"180 tiles of 3 slides by their {of}" in done.out
+    assert f"180 tiles of 3 slides by {said}, on a map" in done.out
+    assert read_attributes(RunFolder(results).typicality_map)["features"] == said
     rows = table_of(results)
     abnormal = [row for row in rows if row["slide_id"] == "sick" and int(row["tile"]) in range(15)]
     assert sum(int(row["hits"]) for row in abnormal) == 15
@@ -194,19 +205,70 @@ def test_it_is_done_again_only_where_something_has_changed(write_results: WriteR
     assert total(results, "hits") == 180
 
 
+def test_one_score_with_vectors_makes_a_map(write_results: WriteResults, explore: Explore) -> None:
+    """Each tile is counted but those without a number."""
+    results = write_results(scores=1, vectors=3, corrupt=(3, 40))
+    done = explore(results, *SMALL, "--of", "scores")
+    assert done.status == 0, done.err
+    assert total(results, "hits") == 180 - 6
+    assert read_array(RunFolder(results).typicality_map, "prototypes").shape == (3, 4, 3)
+
+
+def test_where_some_slides_have_no_vectors_scores_make_the_map(write_results: WriteResults, explore: Explore) -> None:
+    """Who mixes results of an earlier version is told, and nothing is left out."""
+    results = write_results(slides=SLIDES[:2], vectors=3)
+    write_results(slides=SLIDES[2:])
+    done = explore(results, *SMALL, "--of", "scores")
+    assert "1 of 3 slides have scores without score vectors (sick, ...): the map is of scores" in done.err
+    assert "180 tiles of 3 slides by the scores mse, ms_ssim of toy" in done.out
+
+
 def test_slides_are_grouped_by_label(write_results: WriteResults, explore: Explore, tmp_path: Path) -> None:
     """A slide that nobody labelled is a group too, and labels of other slides are named."""
     results, labels = write_results(), tmp_path / "labels.csv"
     labels.write_text("slide_id,label\nnormal_1,normal\nsick,macro\nghost,abnormal\n")
     done = explore(results, *SMALL, "--labels", labels)
     assert done.status == 0
-    assert "ghost" in done.err
+    assert "belong to no slide of the run: ghost" in done.err
+    assert "has no label for these slides of the run: normal_2" in done.err
     assert {name for name in table_of(results)[0] if name.startswith("hits ")} == {
         "hits normal",
         "hits macro",
         "hits without label",
     }
     assert [total(results, f"hits {name}") for name in ("normal", "macro", "without label")] == [60, 60, 60]
+
+
+def test_any_text_is_a_group(write_results: WriteResults, explore: Explore, tmp_path: Path) -> None:
+    """Spelt as it stands there first, in the order of the table; columns of other use are not read."""
+    results, sites = write_results(), tmp_path / "sites.csv"
+    sites.write_text("slide_id;scanner;label\nsick;9;Site Ä, new\nnormal_2;7;Site B\nnormal_1;7;site b\n", "utf-8")
+    done = explore(results, *SMALL, "--labels", sites)
+    assert done.status == 0, done.err
+    assert [name for name in table_of(results)[0] if name.startswith("hits ")] == ["hits Site Ä, new", "hits Site B"]
+    assert [total(results, f"hits {name}") for name in ("Site Ä, new", "Site B")] == [60, 120]
+
+
+@pytest.mark.parametrize(("groups", "said"), [(8, ""), (9, "sites.csv: 9 labels (site 0, site 1, site 2, ...)")])
+def test_more_groups_than_a_picture_shows_are_refused(
+    write_results: WriteResults, explore: Explore, tmp_path: Path, groups: int, said: str
+) -> None:
+    """Eight are shown; nine are too many."""
+    slides, sites = tuple(f"node_{i}" for i in range(groups)), tmp_path / "sites.csv"
+    results = write_results(slides=slides, tiles=7)
+    sites.write_text("slide_id,label\n" + "".join(f"{slide},site {i}\n" for i, slide in enumerate(slides)))
+    done = explore(results, *SMALL, "--labels", sites)
+    assert done.status == (1 if said else 0)
+    assert said in done.err
+
+
+def test_a_folder_of_several_results_names_them(write_results: WriteResults, explore: Explore, tmp_path: Path) -> None:
+    """Those of `compare`: the ones that have what is asked for."""
+    results = [write_results(f"both/{name}", embeddings="conch" if name == "b" else "") for name in ("a", "b")]
+    done = explore(tmp_path / "both")
+    assert done.status == 1
+    assert f"It has in {results[0]}, {results[1]}: give one of these" in done.err
+    assert f"It has in {results[1]}: give one of these" in explore(tmp_path / "both", "--of", "embeddings").err
 
 
 def test_without_heat_maps_there_is_no_z(write_results: WriteResults, explore: Explore) -> None:
@@ -219,14 +281,14 @@ def test_without_heat_maps_there_is_no_z(write_results: WriteResults, explore: E
 
 def test_scores_make_the_map_where_there_are_no_embeddings(write_results: WriteResults, explore: Explore) -> None:
     """Without being told."""
-    done = explore(write_results(embeddings=False), *SMALL)
-    assert "by their scores" in done.out
+    done = explore(write_results(embeddings=""), *SMALL)
+    assert "by the scores mse, ms_ssim of toy" in done.out
 
 
 def test_slides_without_embeddings_are_left_out_and_counted(write_results: WriteResults, explore: Explore) -> None:
     """The others make the map."""
     results = write_results(slides=SLIDES[:2])
-    write_results(slides=SLIDES[2:], embeddings=False)
+    write_results(slides=SLIDES[2:], embeddings="")
     done = explore(results, *SMALL)
     assert "left out, since they have no embeddings: 1 slides" in done.err
     assert "120 tiles of 2 slides" in done.out
@@ -244,10 +306,10 @@ def test_unreadable_tiles_are_left_out(write_results: WriteResults, explore: Exp
 @pytest.mark.parametrize(
     ("written", "arguments", "said"),
     [
-        ({"scores": 0, "embeddings": False, "z": False}, (), "'score' has run for no slide"),
-        ({"embeddings": False}, ("--of", "embeddings"), "'prompt' has run for no slide"),
+        ({"scores": 0, "embeddings": "", "z": False}, (), "'score' has run for no slide"),
+        ({"embeddings": ""}, ("--of", "embeddings"), "'prompt' has run for no slide"),
         ({"tiles": 16, "slides": SLIDES}, (), "48 tiles with embeddings of conch (01234567); a map needs 50"),
-        ({"scores": 1}, ("--of", "scores"), "differ in fewer than two respects (the scores mse of toy)"),
+        ({"scores": 1}, ("--of", "scores"), "differ in fewer than two respects (the score mse of toy)"),
     ],
 )
 def test_what_makes_no_map_is_named(
@@ -268,7 +330,7 @@ def test_what_makes_no_map_is_named(
 def test_slides_of_different_models_are_not_mixed(write_results: WriteResults, explore: Explore) -> None:
     """Their embeddings mean different things."""
     results = write_results(slides=SLIDES[:1])
-    write_results(slides=SLIDES[1:], model="plip")
+    write_results(slides=SLIDES[1:], embeddings="plip")
     done = explore(results)
     assert done.status == 1
     assert "normal_1: embeddings of conch" in done.err
@@ -279,8 +341,11 @@ def test_slides_of_different_models_are_not_mixed(write_results: WriteResults, e
     ("table", "said"),
     [
         ("slide_id,label\nghost,normal\n", "none of its slide_ids (ghost, ...) is a slide of this run"),
-        ("slide_id,label\nsick,blue\n", "label 'blue' is none of"),
-        ("nothing", "unknown column 'nothing'"),
+        ("slide_id,label\nsick,blue\nsick,red\n,red\n", "row 3: 'sick' is there already row 4: slide_id is empty"),
+        ("slide_id,label\nsick,Site 1, new\n", "row 2: 3 cells in 2 columns; put a text with commas in quotes"),
+        ("slide_id,cohort\nsick,blue\n", "columns are 'slide_id, cohort'; 'label' must be there, once"),
+        ("slide_id,label\nsick,\n", "none of its slides has a label"),
+        ("nothing", "columns are 'nothing'; 'slide_id' must be there, once"),
     ],
 )
 def test_labels_that_cannot_be_used_are_named(

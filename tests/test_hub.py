@@ -117,7 +117,7 @@ def test_only_the_preferred_weights_are_fetched(monkeypatch: pytest.MonkeyPatch,
 
 def test_what_is_neither_a_path_nor_a_repository_is_said_to_be_so() -> None:
     """Such as a misspelt folder."""
-    with pytest.raises(ModelError, match="neither a path that exists nor a repository"):
+    with pytest.raises(ModelError, match=r"neither a path that exists nor a repository.*OWNER/NAME"):
         hub_folder("/no/such/folder", weights=("*.bin",), offline=False)
 
 

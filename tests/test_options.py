@@ -1,10 +1,10 @@
 from pathlib import Path
 
 import pytest
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from wsi_anomaly.errors import OptionsError
-from wsi_anomaly.options import Options, parse_options
+from wsi_anomaly.options import Options, nearest, parse_options
 from wsi_anomaly.pipeline.preset import load_pipeline, preset_names
 
 
@@ -93,3 +93,26 @@ def test_a_wrong_option_of_the_detector_is_refused(tmp_path: Path) -> None:
     path.write_text('name = "mine"\n[detector]\nname = "autoencoder"\nchanels = [8]\n')
     with pytest.raises(OptionsError, match="did you mean 'channels'"):
         load_pipeline(path).with_defaults()
+
+
+class Named(Options):
+    """With a check of its own and one of pydantic's."""
+
+    method: str = "KNN"
+    share: float = Field(0.5, gt=0)
+
+    @field_validator("method")
+    @classmethod
+    def _is_known(cls, value: str) -> str:
+        raise ValueError(f"PyOD has no such method ({nearest(value, ['KNN', 'LOF', 'KNNX', 'IForest', 'KN'])})")
+
+
+def test_a_fault_is_told_as_it_was_written() -> None:
+    """Names keep their letters, what comes before our own words is left out, and near names are told whatever case."""
+    with pytest.raises(OptionsError) as caught:
+        parse_options(Named, {"method": "Knnn", "share": 0}, where="a.toml")
+    assert str(caught.value) == (
+        "a.toml: 'method' = 'Knnn': PyOD has no such method (did you mean 'KNN', 'KNNX' or 'KN'?); "
+        "'share' = 0: input should be greater than 0"
+    )
+    assert nearest("zzz", ["b", "A"]) == "known: A, b"

@@ -66,7 +66,10 @@ def _cached(repository: str, parts: Sequence[Sequence[str]]) -> Path | None:
     except LocalEntryNotFoundError:
         return None
     except HFValidationError as error:
-        raise ModelError(f"'{repository}' is neither a path that exists nor a repository of the hub") from error
+        raise ModelError(
+            f"'{repository}' is neither a path that exists nor a repository of the hub. Correct the path, or give a "
+            "repository as OWNER/NAME."
+        ) from error
     return folder if all(any(next(folder.glob(name), None) for name in choice) for choice in parts) else None
 
 

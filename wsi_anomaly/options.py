@@ -25,7 +25,7 @@ def parse_options(options_class: type[AnyOptions], table: Mapping[str, Any], *, 
     """Options from a table of a TOML or JSON file.
 
     Raises:
-        OptionsError: names every key at fault, what is wrong with it and, for an unknown key, the nearest known one.
+        OptionsError: names every key at fault, what is wrong with it and, for an unknown key, the nearest known ones.
             `where` says which file and table the keys stand in.
     """
     try:
@@ -36,10 +36,11 @@ def parse_options(options_class: type[AnyOptions], table: Mapping[str, Any], *, 
 
 
 def nearest(name: str, known: Mapping[str, Any] | list[str] | tuple[str, ...]) -> str:
-    """A hint for a misspelt name: the nearest known one, else all of them."""
-    matches = difflib.get_close_matches(name, list(known), n=1)
-    if matches:
-        return f"did you mean '{matches[0]}'?"
+    """A hint for a misspelt name: up to three known ones that are near, whatever the case of letters; else all."""
+    spelt = {str(one).lower(): str(one) for one in known}
+    if matches := [f"'{spelt[match]}'" for match in difflib.get_close_matches(name.lower(), spelt, n=3)]:
+        *first, last = matches
+        return f"did you mean {', '.join(first)}{' or ' if first else ''}{last}?"
     return f"known: {', '.join(sorted(known))}"
 
 
@@ -50,7 +51,15 @@ def _fault(options_class: type[Options], fault: dict[str, Any]) -> str:
         return f"unknown key '{name}' ({nearest(path[-1], _known_keys(options_class, path[:-1]))})"
     if fault["type"] == "missing":
         return f"key '{name}' is missing"
-    return f"'{name}' = {fault['input']!r}: {fault['msg'].lower()}"
+    return f"'{name}' = {fault['input']!r}: {_said(fault)}"
+
+
+def _said(fault: Mapping[str, Any]) -> str:
+    """What is wrong: in the words of our own checks as they are, in those of pydantic as part of a sentence."""
+    text = str(fault["msg"])
+    if fault["type"] == "value_error":
+        return text.removeprefix("Value error, ")
+    return text[:1].lower() + text[1:]
 
 
 def _known_keys(options_class: type[Options], path: list[str]) -> list[str]:

@@ -20,9 +20,10 @@ import pytest
 import torch
 from jaxtyping import Float32, Int64, UInt8, UInt64
 
-from wsi_anomaly.detectors.protocol import Localizer, Reconstructor, Scorer, TileBatch
+from wsi_anomaly.detectors.protocol import Localizer, Reconstructor, Scorer, TileBatch, Vectorial
 from wsi_anomaly.errors import ModelError
 from wsi_anomaly.options import Options, parse_options
+from wsi_anomaly.synthetic.textures import odd_tiles, smooth_tiles
 from wsi_anomaly.torchvision_shim import make_importable
 
 Scores = Float32[np.ndarray, "tile score"]
@@ -43,6 +44,11 @@ class TilesInMemory:
         self.groups: Int64[np.ndarray, " tile"] = np.arange(len(pixels)) // 4 if groups is None else groups
         self.reads = 0
         self._die_at_read = die_at_read
+
+    @property
+    def slides(self) -> Int64[np.ndarray, " tile"]:
+        """Each group is a slide."""
+        return self.groups
 
     def __len__(self) -> int:
         return len(self.pixels)
@@ -69,28 +75,6 @@ def batch_of(
     """A batch of these tiles under one plain prompt; seeds count from 0 if none are given."""
     seeds = np.arange(len(pixels), dtype=np.uint64) if seeds is None else seeds
     return TileBatch(pixels, seeds, prompts=((("tissue", 1.0),),) * len(pixels), embeddings=embeddings)
-
-
-def smooth_tiles(count: int, tile_px: int, *, seed: int) -> UInt8[np.ndarray, "tile y x rgb"]:
-    """Normal texture: slow waves of pink and violet."""
-    random = np.random.default_rng(seed)
-    place = np.linspace(0, 1, tile_px)
-    waves, turns, phases = random.uniform(0.2, 1, (3, count, 2, 1, 1))
-    down = np.sin(2 * np.pi * (waves[:, 0] * place[:, None] + turns[:, 0] * place[None, :] + phases[:, 0]))
-    across = np.sin(2 * np.pi * (waves[:, 1] * place[:, None] - turns[:, 1] * place[None, :] + phases[:, 1]))
-    shade = ((down + across) / 4 + 0.5)[..., None]
-    colours = np.array([225, 170, 205]) * shade + np.array([130, 80, 165]) * (1 - shade)
-    return np.asarray(colours.round(), np.uint8)
-
-
-def odd_tiles(count: int, tile_px: int, *, seed: int) -> UInt8[np.ndarray, "tile y x rgb"]:
-    """The same texture with something abnormal planted in its middle: strong noise and hard edges."""
-    random = np.random.default_rng(seed)
-    tiles = smooth_tiles(count, tile_px, seed=seed)
-    middle = slice(tile_px // 4, tile_px - tile_px // 4)
-    side = middle.stop - middle.start
-    tiles[:, middle, middle] = random.choice(np.array([0, 255], np.uint8), (count, side, side, 3))
-    return tiles
 
 
 class DetectorContract:
@@ -221,6 +205,19 @@ class DetectorContract:
         """Missing weights are an error that the user is told about."""
         with pytest.raises(ModelError):
             self.detector.load(tmp_path, device=self.device)
+
+    def test_vectors_come_with_the_same_scores(self, scorer: Scorer, batch: TileBatch, scores: Scores) -> None:
+        """Some finite float32 for each tile, whatever the batch, as many for no tiles; the scores are those alone."""
+        if not isinstance(scorer, Vectorial):
+            pytest.skip("the detector has no vectors")
+        same, vectors = scorer.scores_and_vectors(batch)
+        assert np.array_equal(same, scores)
+        assert vectors.dtype == np.float32
+        assert vectors.shape[:-1] == (len(batch),)
+        assert vectors.size
+        assert np.isfinite(vectors).all()
+        for some in (np.array([5]), np.random.default_rng(3).permutation(len(batch)), np.arange(0)):
+            assert np.array_equal(scorer.scores_and_vectors(_part(batch, some))[1], vectors[some])
 
     def test_score_maps_are_as_large_as_their_tiles(self, scorer: Scorer, batch: TileBatch) -> None:
         """A localizer gives one finite float32 for each pixel, whatever the batch."""

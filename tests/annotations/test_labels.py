@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from wsi_anomaly.annotations import SlideLabel, read_slide_labels
+from wsi_anomaly.annotations import SlideLabel, read_slide_groups, read_slide_labels
 from wsi_anomaly.annotations.labels import TruthRow, read_truth
 from wsi_anomaly.errors import AnnotationError
 
@@ -96,3 +96,19 @@ def test_a_misspelt_column_is_refused_with_the_nearest(tmp_path: Path) -> None:
     (tmp_path / "truth.csv").write_text("slide_id,label,label\na,normal,normal\n")
     with pytest.raises(AnnotationError, match="each once"):
         read_truth(tmp_path / "truth.csv")
+
+
+def test_any_text_is_a_group(tmp_path: Path) -> None:
+    """Spelt as it stands there first; slides without one are left out, other columns are not read."""
+    table = tmp_path / "sites.csv"
+    table.write_text("path;Slide_ID;label\nx;a;Site  Ä\ny;b;site ä\n;c;\n;d;9\n", "utf-8")
+    assert read_slide_groups(table) == {"a": "Site Ä", "b": "Site Ä", "d": "9"}
+
+
+def test_columns_that_are_said_not_to_be_read_may_stand_there(tmp_path: Path) -> None:
+    """Those of the cohort's table that the detector looked at; no others."""
+    table = tmp_path / "cohort.csv"
+    table.write_text("path,slide_id,scanner,label\na.tif,a,Aperio,normal\n")
+    assert set(read_truth(table, not_read=("Scanner",))) == set(read_slide_labels(table, not_read=["Scanner"])) == {"a"}
+    with pytest.raises(AnnotationError, match="unknown column 'scanner'"):
+        read_truth(table)

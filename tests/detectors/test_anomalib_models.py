@@ -19,6 +19,7 @@ from wsi_anomaly.detectors.anomalib_library import library
 from wsi_anomaly.detectors.anomalib_models import MODELS, Anomalib, AnomalibLocalizer
 from wsi_anomaly.detectors.protocol import Localizer
 from wsi_anomaly.errors import CohortError, ModelError, OptionsError
+from wsi_anomaly.options import parse_options
 from wsi_anomaly.synthetic import synthetic_tiles
 from wsi_anomaly.testing import DetectorContract, TilesInMemory, batch_of, smooth_tiles
 
@@ -90,10 +91,10 @@ def test_without_the_library_the_message_says_what_to_install(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize(("name", "hint"), [("patchcor", "did you mean 'patchcore'"), ("zzz", "known: dfkde")])
-def test_a_model_that_there_is_not_is_refused(name: str, hint: str, tmp_path: Path) -> None:
+def test_a_model_that_there_is_not_is_refused(name: str, hint: str) -> None:
     """The message names the nearest one."""
     with pytest.raises(OptionsError, match=hint):
-        Anomalib(model=name).fit(TilesInMemory(smooth_tiles(4, 64, seed=1)), tmp_path, device="cpu")
+        parse_options(Anomalib, {"model": name}, where="test")
 
 
 def test_too_few_tiles_are_refused(tmp_path: Path) -> None:
@@ -167,6 +168,33 @@ def test_models_that_take_long_to_learn_survive_their_folder(
     scores = [detector.load(tmp_path, device="cpu").score(batch) for _ in range(2)]
     assert np.isfinite(scores[0]).all()
     assert np.array_equal(*scores)
+
+
+@installed
+def test_tiles_that_the_model_was_not_built_for_are_told_with_the_parameter(tmp_path: Path) -> None:
+    """`fre` wants to be told how many features there are, which depends on the size of the tiles."""
+    tiles = TilesInMemory(smooth_tiles(4, 64, seed=1))
+    detector = Anomalib(model="fre", image_px=64, epochs=1, parameters=RESNET)
+    with pytest.raises(OptionsError, match=r"'fre' does not fit tiles of 64 px.*4x1024 and 65536.*input_dim"):
+        detector.fit(tiles, tmp_path, device="cpu")
+    fitting = detector.model_copy(update={"parameters": RESNET | {"input_dim": 1024}})
+    fitting.fit(tiles, tmp_path, device="cpu")
+
+
+@installed
+def test_models_learn_in_full_float32(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As all other detectors do, so that a GPU learns what a CPU would."""
+    fre, seen = library("anomalib.models.image").Fre, []
+    step = fre.training_step
+
+    def watched(*arguments: object) -> object:
+        seen.append((torch.backends.cudnn.allow_tf32, torch.backends.cudnn.deterministic))
+        return step(*arguments)
+
+    monkeypatch.setattr(fre, "training_step", watched)
+    detector = Anomalib(model="fre", image_px=64, epochs=1, parameters=RESNET | {"input_dim": 1024})
+    detector.fit(TilesInMemory(smooth_tiles(4, 64, seed=1)), tmp_path, device="cpu")
+    assert seen == [(False, True)]
 
 
 @pytest.fixture

@@ -45,6 +45,30 @@ def test_a_row_has_the_same_bits_in_any_batch(density: Density) -> None:
     assert np.array_equal(np.concatenate([density.anomaly(vectors[i : i + 1]) for i in range(150)]), values)
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_vector_that_is_not_finite_has_no_value_and_harms_no_other(density: Density, value: float) -> None:
+    """It is told as NaN; the others have the bits that they have without it."""
+    vectors = drawn(70, seed=4)
+    expected = density.anomaly(vectors)
+    expected[[3, 66]] = np.nan
+    vectors[3, 1] = vectors[66, 0] = value
+    assert np.array_equal(density.anomaly(vectors), expected, equal_nan=True)
+
+
+@pytest.mark.parametrize("name", ["gmm", "knn"])
+def test_vectors_that_are_not_finite_are_not_fitted(name: Any, caplog: pytest.LogCaptureFixture) -> None:
+    """The density is that of the others, as long as there are enough; the log counts them."""
+    vectors, others = drawn(60, seed=0), drawn(9, seed=3)
+    spoilt = np.insert(vectors, [0, 30], np.nan, axis=0)
+    spoilt[0, 1:] = 1.0
+    found = fit_density(name, spoilt, seed=1)
+    assert np.array_equal(found.anomaly(others), fit_density(name, vectors, seed=1).anomaly(others))
+    assert "2 of 62 vectors are no finite numbers" in caplog.text
+    spoilt[FEWEST_ITEMS[name] :, 2] = np.inf
+    with pytest.raises(CohortError, match=f"from: {FEWEST_ITEMS[name] - 1}, needed: at least {FEWEST_ITEMS[name]}"):
+        fit_density(name, spoilt, seed=1)
+
+
 def test_no_vectors_have_no_values(density: Density) -> None:
     """An empty batch is no special case."""
     assert density.anomaly(drawn(0, seed=0)).shape == (0,)

@@ -72,7 +72,7 @@ def checkpoint(fitted: Callable[..., Path]) -> Path:
 def test_every_method_scores_a_vector_for_itself_and_learns_the_same_again(name: str) -> None:
     """Bit for bit: alone, among others, in any order, and when it has learnt anew whatever was drawn meanwhile."""
     vectors, others = unit_cloud(150, seed=0), unit_cloud(70, seed=1, centre=0.5)
-    method = learnt(name, {}, vectors, seed=3, device=torch.device("cpu"))
+    method = learnt(name, {}, vectors, seed=3)
     scores = method.scores(others)
     assert np.isfinite(scores).all()
     assert len(np.unique(scores)) > 10
@@ -80,15 +80,26 @@ def test_every_method_scores_a_vector_for_itself_and_learns_the_same_again(name:
     assert np.array_equal(method.scores(others[::-1])[::-1], scores)
     np.random.seed(9)  # noqa: NPY002 - what some methods draw from
     torch.manual_seed(9)
-    again = learnt(name, {}, vectors, seed=3, device=torch.device("cpu"))
+    again = learnt(name, {}, vectors, seed=3)
     assert np.array_equal(again.scores(others), scores)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["AutoEncoder", "LUNAR"])
+def test_networks_are_learnt_on_the_cpu_whatever_device_there_is(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else a model calibrated on a GPU would be another network where there is none. Here, all think there is one."""
+    to = torch.nn.Module.to
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.nn.Module, "to", lambda self, device: self if "cuda" in str(device) else to(self, device))
+    model = learnt(name, {}, unit_cloud(60, seed=0), seed=3).model
+    assert torch.device(model.device) == torch.device("cpu")
 
 
 @pytest.mark.parametrize("name", ["IForest", pytest.param("DeepSVDD", marks=pytest.mark.slow)])
 def test_learning_leaves_the_random_states_of_others_alone(name: str) -> None:
     """Python's, NumPy's and PyTorch's."""
     before = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()  # noqa: NPY002
-    learnt(name, {}, unit_cloud(60, seed=0), seed=3, device=torch.device("cpu"))
+    learnt(name, {}, unit_cloud(60, seed=0), seed=3)
     after = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()  # noqa: NPY002
     assert before[:2] == after[:2]
     assert torch.equal(before[2], after[2])
@@ -119,8 +130,8 @@ def test_methods_are_known_in_any_case_and_with_their_parameters() -> None:
 @pytest.mark.parametrize(
     ("table", "message"),
     [
-        ({"method": "iforst"}, "no such method.*did you mean 'iforest'"),
-        ({"method": "xyz"}, "known: abod, autoencoder"),
+        ({"method": "iforst"}, "no such method.*did you mean 'IForest'"),
+        ({"method": "xyz"}, "known: ABOD, AutoEncoder"),
         ({"method": "knn", "parameters": {"neighbours": 3}}, "no parameter neighbours .it has: .*n_neighbors"),
         ({"method": "iforest", "parameters": {"random_state": 3}}, "no parameter random_state"),
     ],

@@ -129,6 +129,36 @@ def test_the_penalty_is_taken_on_the_line_between_two_images() -> None:
     assert 0 <= places.min() <= places.max() <= 1
 
 
+class Grey(nn.Module):
+    """Makes the same image of any latents."""
+
+    def forward(self, latents: torch.Tensor) -> torch.Tensor:
+        """A quarter of the way from the middle to white."""
+        return torch.full((len(latents), 3, 16, 16), 0.25)
+
+
+def test_critic_and_generator_learn_the_losses_of_the_paper() -> None:
+    """The critic: made less real, and ten times the penalty; the generator: less of what the critic finds real."""
+    networks, batch = FAnoGanNetworks(16, 4, 8, seed=0), batch_of(smooth_tiles(5, 16, seed=1))
+    turns = TINY._turns(networks, torch.device("cpu"))  # noqa: SLF001 - a whole fit does not show what a step was for
+    networks.critic, networks.generator = Slope(3.0), Grey()  # type: ignore[assignment]
+    real = 3 * (batch.pixels / 127.5 - 1).sum(axis=(1, 2, 3)).mean() / 768**0.5
+    made = 3 * 0.25 * 768**0.5
+    loss = turns["critic"].loss(batch, torch.Generator().manual_seed(0))
+    assert loss.item() == pytest.approx(made - real + 10 * 2**2, rel=1e-5)
+    assert turns["generator"].loss(batch, torch.Generator().manual_seed(0)).item() == pytest.approx(-made, rel=1e-5)
+
+
+def test_the_encoder_learns_both_errors() -> None:
+    """That of the image, and kappa times that of the critic's features, as they are scored."""
+    networks, batch = FAnoGanNetworks(16, 4, 8, seed=0), batch_of(smooth_tiles(5, 16, seed=1))
+    turns = TINY._turns(networks, torch.device("cpu"))  # noqa: SLF001
+    loss = turns["encoder"].loss(batch, torch.Generator().manual_seed(0))
+    image, feature = networks.errors(torch.from_numpy(batch.pixels).permute(0, 3, 1, 2).float() / 127.5 - 1)
+    assert feature.mean() > 1e-3
+    assert loss.item() == pytest.approx((image.mean() + 0.5 * feature.mean()).item(), rel=1e-5)
+
+
 def test_the_critic_judges_each_image_by_itself() -> None:
     """As the penalty of single images demands: no batch statistics in it, nor in the encoder."""
     networks = FAnoGanNetworks(16, 4, 8, seed=0).train()

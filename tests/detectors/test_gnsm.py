@@ -11,7 +11,7 @@ import torch
 from pydantic import Field
 
 from wsi_anomaly.detectors.gnsm import Gnsm, GnsmScorer, GnsmTraining
-from wsi_anomaly.detectors.gnsm_network import GnsmNetwork
+from wsi_anomaly.detectors.gnsm_network import GnsmNetwork, noise_loss, score_norms
 from wsi_anomaly.detectors.protocol import Categorical, Detector, TileBatch, TileSource
 from wsi_anomaly.detectors.training import TrainingOptions
 from wsi_anomaly.errors import CohortError, ModelError, OptionsError
@@ -59,7 +59,7 @@ class DescribedTiles:
     """A source of described tiles."""
 
     def __init__(self, tiles: TileSource) -> None:
-        self.tiles, self.groups = tiles, tiles.groups
+        self.tiles, self.groups, self.slides = tiles, tiles.groups, tiles.slides
 
     def __len__(self) -> int:
         return len(self.tiles)
@@ -78,6 +78,10 @@ class DescribedScorer:
     def score(self, batch: TileBatch) -> np.ndarray:
         """The scores of GNSM."""
         return self.scorer.score(described(batch))
+
+    def scores_and_vectors(self, batch: TileBatch) -> tuple[np.ndarray, np.ndarray]:
+        """With the norms of GNSM."""
+        return self.scorer.scores_and_vectors(described(batch))
 
 
 class TestGnsm(DetectorContract):
@@ -243,16 +247,87 @@ def test_weights_of_another_width_are_refused_by_name(checkpoint: Path) -> None:
         SCANNED.model_copy(update={"width": 16}).load(checkpoint, device="cpu")
 
 
-def test_the_noise_that_the_network_shall_tell_is_the_score_of_the_concrete_distribution() -> None:
-    """-tau + tau K softmax(log a - tau x) is the derivative of the log density at x (thesis, chapter 4)."""
-    clean, tau = torch.tensor([0.6, 0.3, 0.1], dtype=torch.float64).log(), 3.0
-    noisy = torch.tensor([-0.4, -1.9, -2.5], dtype=torch.float64, requires_grad=True)
-    exponents = clean - tau * noisy
-    log_density = exponents.sum() - 3 * exponents.logsumexp(0)
-    log_density.backward()
-    assert noisy.grad is not None
-    score = -tau + tau * 3 * exponents.detach().softmax(0)
-    assert torch.allclose(noisy.grad, score)
+SHARES = (0.6, 0.3, 0.1)
+"""Of the three outcomes of one variable."""
+
+
+def categorical(codes: np.ndarray) -> TileBatch:
+    """Tiles of these categories, as the network's training sees them."""
+    return replace(batch_of(np.zeros((len(codes), 1, 1, 3), np.uint8)), categories=codes)
+
+
+@pytest.fixture(scope="module")
+def of_one_variable() -> GnsmNetwork:
+    """A network after a thousand steps of learning the outcomes of `SHARES`."""
+    torch.manual_seed(0)
+    network, random = GnsmNetwork((3,), 32, 1), np.random.default_rng(1)
+    loss, optimizer = noise_loss(network, torch.device("cpu")), torch.optim.Adam(network.parameters(), 3e-3)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(1000):
+        optimizer.zero_grad()
+        loss(categorical(random.choice(3, (256, 1), p=SHARES)), generator).backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+    return network.eval()
+
+
+@pytest.mark.parametrize(("tau", "most"), [(20.0, 0.004), (2.0, 0.02)])
+def test_the_network_tells_the_mean_noise_given_what_it_sees(
+    of_one_variable: GnsmNetwork, tau: float, most: float
+) -> None:
+    """softmax(log a - tau x), averaged over the categories a by how likely each is at x (thesis, chapter 4).
+
+    At x the density of the concrete distribution of a is proportional to exp(sum(e) - K logsumexp(e)) with
+    e = log a - tau x. Gumbel noise of the other sign is 0.008 off at the highest temperature, and learnt noise that is
+    added to x in place of taken away 0.4.
+    """
+    clean, generator = torch.eye(3).double().clamp_min(1e-5).log(), torch.Generator().manual_seed(3)
+    drawn = torch.multinomial(torch.tensor(SHARES), 500, replacement=True, generator=generator)
+    gumbel = -(-torch.rand(500, 3, generator=generator, dtype=torch.float64).log()).log()
+    noisy = ((clean[drawn] + gumbel) / tau).log_softmax(1)
+    exponents = clean[None] - tau * noisy[:, None]
+    likely = (exponents.sum(2) - 3 * exponents.logsumexp(2) + torch.tensor(SHARES).log()).softmax(1)
+    wanted = (likely[..., None] * exponents.softmax(2)).sum(1)
+    with torch.no_grad():
+        told = of_one_variable.normalized(of_one_variable(noisy.float(), torch.full((500,), tau))).exp()
+    assert (told - wanted).abs().mean().item() < most
+
+
+class Constant(GnsmNetwork):
+    """Tells the same of any tile, and remembers what it was asked."""
+
+    def __init__(self, outcomes: tuple[int, ...], logits: torch.Tensor) -> None:
+        super().__init__(outcomes, 8, 1)
+        self.logits, self.asked = logits, list[tuple[torch.Tensor, torch.Tensor]]()
+
+    def forward(self, noisy: torch.Tensor, tau: torch.Tensor) -> torch.Tensor:
+        """These logits."""
+        self.asked.append((noisy, tau))
+        return self.logits.expand(len(noisy), -1)
+
+
+def test_the_loss_is_the_divergence_weighted_by_temperature_and_number_of_outcomes() -> None:
+    """tau^2 K^2 KL(softmax(log a - tau x) | what is told), summed over variables of 2 and 3 outcomes."""
+    told, codes = torch.tensor([0.5, -0.2, 1.0, 0.3, -0.7]), np.array([[0, 2], [1, 1], [1, 0]])
+    network = Constant((2, 3), told)
+    found = noise_loss(network, torch.device("cpu"))(categorical(codes), torch.Generator().manual_seed(0))
+    ((noisy, tau),) = network.asked
+    wanted = torch.zeros(3)
+    for part, count, column in ((slice(0, 2), 2, 0), (slice(2, 5), 3, 1)):
+        clean = torch.eye(count).clamp_min(1e-5).log()[codes[:, column]]
+        true = (clean - tau[:, None] * noisy[:, part]).softmax(1)
+        divergence = torch.distributions.kl_divergence(
+            torch.distributions.Categorical(true), torch.distributions.Categorical(logits=told[part])
+        )
+        wanted += tau**2 * count**2 * divergence
+    assert found.item() == pytest.approx(wanted.mean().item(), rel=1e-4)
+
+
+def test_a_score_is_what_the_noise_told_makes_of_the_concrete_distribution() -> None:
+    """Its norm is that of tau K p - tau over all outcomes, p being the noise told, from temperature 20 to 2."""
+    told = torch.tensor([0.5, -0.2, 1.0, 0.3, -0.7])
+    norms = score_norms(Constant((2, 3), told), np.array([[0, 2], [1, 0]]), torch.device("cpu"))
+    score = torch.cat([2 * told[:2].softmax(0), 3 * told[2:].softmax(0)]) - 1
+    assert norms == pytest.approx(np.tile(np.geomspace(20, 2, 20) * score.norm().item(), (2, 1)), rel=1e-5)
 
 
 def test_outcomes_of_one_variable_sum_to_one() -> None:

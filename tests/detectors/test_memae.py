@@ -66,6 +66,21 @@ def test_entropy_is_zero_for_one_item_and_highest_for_all() -> None:
     assert entropy(all_items).item() == pytest.approx(np.log(8), rel=1e-5)
 
 
+def test_the_weight_of_the_entropy_makes_places_of_few_items(tmp_path: Path) -> None:
+    """Where nothing else counts, the mean entropy falls while learning."""
+    training = TINY.training.model_copy(update={"max_epochs": 20})
+    detector = TINY.model_copy(update={"entropy_weight": 100.0, "training": training})
+    detector.fit(TilesInMemory(smooth_tiles(24, 32, seed=1)), tmp_path, device="cpu")
+    first = MemAeNetwork((8, 8), 20, 1.0, generator=torch.Generator().manual_seed(0)).eval()
+    images = torch.from_numpy(smooth_tiles(8, 32, seed=2)).permute(0, 3, 1, 2).float() / 255
+    with torch.inference_mode():
+        before, after = (
+            entropy(network.recall(images)[1]).item()
+            for network in (first, detector.load(tmp_path, device="cpu").network)
+        )
+    assert after < 0.7 * before
+
+
 def test_every_place_becomes_a_mixture_of_remembered_vectors() -> None:
     """What goes on to the decoder is computed from the memory alone."""
     memory = Memory(5, 3, 1.0, generator=torch.Generator().manual_seed(0))

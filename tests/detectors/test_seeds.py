@@ -1,5 +1,7 @@
 """The seed of a pipeline is that of learning too, unless [detector.training] has one of its own."""
 
+import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,7 @@ from wsi_anomaly.errors import OptionsError
 from wsi_anomaly.execution import Resources
 from wsi_anomaly.options import parse_options
 from wsi_anomaly.pipeline import fit, load_pipeline
-from wsi_anomaly.pipeline.preset import Pipeline, build_detector
+from wsi_anomaly.pipeline.preset import Pipeline, build_detector, preset_names
 from wsi_anomaly.storage.model import read_model
 from wsi_anomaly.synthetic import write_cohort
 from wsi_anomaly.testing import TilesInMemory, smooth_tiles
@@ -42,11 +44,12 @@ def test_the_seed_of_learning_is_the_pipelines_unless_it_is_given(
     assert detector.training.seed == effective
 
 
-@pytest.mark.parametrize("name", ["anopilad", "anoddpm", "autoencoder"])
+@pytest.mark.parametrize("name", preset_names())
 def test_every_detector_learns_by_the_pipelines_seed(name: str) -> None:
-    """Also where the pipeline file has no table [detector.training]."""
+    """Wherever its options have it, and also where the pipeline file has no table for them."""
     detector: Any = build_detector(load_pipeline(name).model_copy(update={"seed": 5}))
-    assert detector.training.seed == 5
+    options = json.dumps(detector.model_dump(mode="json"))
+    assert set(re.findall(r'"seed": (\d+)', options)) == {"5"}
 
 
 def test_a_training_table_that_is_none_is_still_refused_by_name() -> None:

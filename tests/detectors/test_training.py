@@ -230,6 +230,16 @@ def test_about_the_wished_share_is_held_out() -> None:
         assert len(split_tiles(groups, 0.1, seed=seed)[1]) == 80
 
 
+@pytest.mark.parametrize(
+    ("sizes", "held_out"), [([1000, 1000, 1000, 1000, 9], 1009), ([400, 390, 3], 393), ([9, 500], 9)]
+)
+def test_a_sliver_of_a_slide_is_not_all_that_is_held_out(sizes: list[int], held_out: int) -> None:
+    """Where only a small one fits, another goes with it, unless that is the last one to learn from."""
+    groups = np.repeat(np.arange(len(sizes)), sizes)
+    for seed in range(5):
+        assert len(split_tiles(groups, 0.2, seed=seed)[1]) == held_out
+
+
 def test_a_device_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """The message says what to give instead; "auto" takes what there is."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)

@@ -19,6 +19,7 @@ from wsi_anomaly.detectors.vae_network import (
     LOGITS_AT_ONCE_BYTES,
     Readout,
     VaeNetwork,
+    evidence,
     windows_of,
     with_replaced_values,
 )
@@ -168,6 +169,37 @@ def test_fitting_the_encoder_makes_a_crop_likelier(scorer: VaeScorer, crops: tor
     before = scorer.network.posterior(crops)
     regret = unlikeliness(scorer.network, before, fresh, crops) - unlikeliness(scorer.network, after, fresh, crops)
     assert (regret > 0).all()
+
+
+def test_regret_is_what_fitting_gains(checkpoint: Path) -> None:
+    """So it is above zero for any tile, once there are steps and draws enough: 9 nats and more here."""
+    options = TINY.model_copy(update={"samples": 8, "regret": RegretOptions(steps=60, learning_rate=1e-3)})
+    tiles = np.concatenate([smooth_tiles(3, 16, seed=3), odd_tiles(3, 16, seed=4)])
+    assert options.load(checkpoint, device="cpu").score(batch_of(tiles))[:, column("regret")].min() > 0
+
+
+def test_what_training_raises_is_the_likelihood_less_the_divergence_from_the_prior(
+    scorer: VaeScorer, crops: torch.Tensor
+) -> None:
+    """The evidence lower bound, with both parts as PyTorch's distributions have them."""
+    network, normal = scorer.network, torch.distributions.Normal
+    mean, log_variance = posterior = network.posterior(crops)
+    own, noise = normal(mean, (log_variance / 2).exp()), draws_of(crops, 1)[:, 0]
+    logits = network.values(network.decoder((mean + own.scale * noise)[:, :, None, None]))
+    values = torch.distributions.Categorical(logits=logits.permute(0, 2, 3, 1).unflatten(3, (3, 256)))
+    likelihood = values.log_prob(crops).sum(dim=(1, 2, 3))
+    divergence = torch.distributions.kl_divergence(own, normal(0, 1)).sum(1)
+    assert divergence.min() > 0.1
+    wanted = (likelihood - divergence).tolist()
+    assert evidence(network, posterior, noise, crops).tolist() == pytest.approx(wanted, abs=0.01)
+
+
+def test_the_background_model_learns_something_else(scorer: VaeScorer) -> None:
+    """From the same first weights: its crops are perturbed, so the ratio of the two is not zero."""
+    assert scorer.background is not None
+    own, background = scorer.network.state_dict(), scorer.background.state_dict()
+    assert not torch.equal(own["values.weight"], background["values.weight"])
+    assert (scorer.score(batch_of(smooth_tiles(3, 16, seed=3)))[:, column("llr")] != 0).all()
 
 
 def test_all_scores_share_one_look(checkpoint: Path) -> None:

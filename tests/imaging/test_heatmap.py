@@ -54,9 +54,9 @@ def test_z_scores_by_hand() -> None:
     assert np.isnan(z[1, 0])
 
 
-@pytest.mark.parametrize("scores", [[], [1.0], [2.0, 2.0, 2.0]])
+@pytest.mark.parametrize("scores", [[], [1.0], [2.0, 2.0, 2.0], [97179.0, 97179.02]])
 def test_nothing_is_measured_against_scores_that_do_not_differ(scores: list[float]) -> None:
-    """A deviation of zero would make every z infinite."""
+    """A deviation of zero would make every z infinite, and one of rounding would make it absurd."""
     with pytest.raises(ValueError, match="scores"):
         describe(np.array(scores, np.float32))
 

@@ -33,17 +33,30 @@ def explained(
 
 def alone(**fields: Any) -> ExplainedTile:
     """A tile of a model that rebuilds nothing."""
-    return replace(explained(**fields), rebuilt=None, residual=None)
+    return replace(explained(**fields), rebuilt=None, abnormality=None)
 
 
-def sheet(highest: Sequence[ExplainedTile], median: Sequence[ExplainedTile] = (), tile_mpp: float = 0.5) -> Page:
+def sheet(
+    highest: Sequence[ExplainedTile],
+    median: Sequence[ExplainedTile] = (),
+    tile_mpp: float = 0.5,
+    meaning: str = "Residual: squared error",
+) -> Page:
     """Of a slide and a model with short names."""
-    return _sheet(highest, median, header=("S1", "some model"), tile_mpp=tile_mpp)
+    return _sheet(highest, median, header=("S1", "some model"), tile_mpp=tile_mpp, map_meaning=meaning)
 
 
 def picture_of(path: Path, highest: Sequence[ExplainedTile], median: Sequence[ExplainedTile] = ()) -> Any:
     """The pixels of a sheet as a file."""
-    write_score_sheet(path, highest=highest, median=median, slide_id="S1", tile_mpp=0.5, header="some model")
+    write_score_sheet(
+        path,
+        highest=highest,
+        median=median,
+        slide_id="S1",
+        tile_mpp=0.5,
+        header="some model",
+        map_meaning="Residual: squared error",
+    )
     with Image.open(path) as picture:
         return np.asarray(picture.convert("RGB"))
 
@@ -84,13 +97,19 @@ def awkward_sheet(highest: int, median: int, *, make: Callable[..., ExplainedTil
         )
         for i in range(highest + median)
     ]
-    return _sheet(tiles[:highest], tiles[highest:], header=("S_$1$ & " * 60, "model $x$ " * 120), tile_mpp=0.5)
+    return _sheet(
+        tiles[:highest],
+        tiles[highest:],
+        header=("S_$1$ & " * 60, "model $x$ " * 120),
+        tile_mpp=0.5,
+        map_meaning="Residual: x",
+    )
 
 
 def mixed_sheet() -> Page:
     """With all that a tile may lack."""
     whole = explained(np.nan)
-    return sheet([whole, replace(whole, rebuilt=None), replace(whole, residual=None)], [alone(prompt=AWKWARD)])
+    return sheet([whole, replace(whole, rebuilt=None), replace(whole, abnormality=None)], [alone(prompt=AWKWARD)])
 
 
 @pytest.mark.parametrize(
@@ -99,6 +118,10 @@ def mixed_sheet() -> Page:
         *(lambda h=h, m=m: awkward_sheet(h, m) for h, m in ((0, 0), (1, 0), (0, 2), (1, 1), (3, 2))),
         *(lambda h=h, m=m: awkward_sheet(h, m, make=alone) for h, m in ((1, 0), (1, 1), (6, 4))),
         *(lambda r=r: sheet([explained(np.linspace(0, r, 32))]) for r in (1e-4, 0.0016, 0.0149, 0.015, 0.3, 1.0)),
+        *(
+            lambda a=a, b=b: sheet([explained(np.linspace(a, b, 32))], meaning=AWKWARD[:40])
+            for a, b in ((-1e-4, 3.0), (-1210, 999), (-3.3, -2.9), (-77777, 100))
+        ),
         mixed_sheet,
     ],
 )
@@ -210,9 +233,46 @@ def test_a_model_that_rebuilds_nothing_shows_tiles_alone_and_says_so() -> None:
     assert (len(page.axes.images), len(rows), len(columns)) == (6, 2, 5)
 
 
+def test_a_map_without_reconstruction_stands_beside_its_tile_under_what_it_means() -> None:
+    """No empty column, and no word of a residual."""
+    tiles = [replace(explained(0.5 + i), rebuilt=None) for i in range(2)]
+    page = sheet(tiles, meaning="Map: Grad-CAM of the score")
+    assert texts(page).count("Map") == 2
+    assert not [text for text in texts(page) if "econstruction" in text or "esidual" in text]
+    assert texts(page)[-1] == "Map: Grad-CAM of the score; one scale for all maps."
+    assert [left - places(page)[0][1] for _, left in places(page)] == [0, 380, 0, 380]
+
+
+def test_a_model_without_maps_shows_reconstructions_alone() -> None:
+    """No empty column either."""
+    page = sheet([replace(explained(), abnormality=None)])
+    assert not [text for text in texts(page) if "esidual" in text]
+    assert len(panels(page)) == len(page.axes.images) == 2
+
+
+@pytest.mark.parametrize(
+    ("least", "most", "figures"),
+    [
+        (-300.0, 500.0, ["≤ -400", "0", "≥ 600"]),
+        (-4.0, 0.0, ["≤ -4", "-2", "≥ 0"]),
+        (-12.0, -10.0, ["≤ -12", "-11", "≥ -10"]),
+    ],
+)
+def test_the_scale_of_negative_values_begins_with_the_lowest(least: float, most: float, figures: list[str]) -> None:
+    """As -log p may be: what is shown darkest is the least, not all below 0."""
+    values = np.repeat(np.linspace(least, most, 64, dtype=np.float32)[None], 64, axis=0)
+    page = sheet([explained(values, size_px=64)])
+    first, last = (float(one.lstrip("≤≥ ")) for one in (figures[0], figures[-1]))
+    shown = panels(page)[2]
+    for column, value in ((2, least), (SHOWN_PX // 2, (least + most) / 2)):
+        expected = heat((value - first) / (last - first)).astype(int)
+        assert np.abs(shown[40, column].astype(int) - expected).max() < 12
+    assert {figure.replace("-", MINUS) for figure in figures} <= set(texts(page))
+
+
 def test_what_a_single_tile_lacks_is_said_in_its_place() -> None:
     """A tile that could not be rebuilt among others that were."""
-    page = sheet([explained(), alone()], [replace(explained(), residual=None)])
+    page = sheet([explained(), alone()], [replace(explained(), abnormality=None)])
     assert texts(page).count("no reconstruction") == 1
     assert texts(page).count("no residual map") == 2
     assert len(panels(page)) == 3 + 1 + 2

@@ -55,6 +55,7 @@ def page_of(
         ((2, 60), ("z up to 2", "z above 2"), -1.5),
         ((60, 2), ("normal", "macro", "itc", "without label"), 9.5),
         ((22, 23), ("normal", "abnormal"), 1.5),
+        ((9, 14), tuple(f"A hospital with a name as long as hospitals have it, {i}" for i in range(8)), 1.5),
     ],
 )
 def test_no_text_meets_another_or_a_picture(

@@ -1,13 +1,24 @@
 """Which normal tissue a detector learns from, and which it is measured against."""
 
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+from wsi_anomaly.detectors.autoencoder import Autoencoder
+from wsi_anomaly.detectors.sampling import even_sample
 from wsi_anomaly.errors import CohortError
-from wsi_anomaly.stages.fit import Split, SplitOptions, split_tissue
-from wsi_anomaly.storage.layout import SlideFolder
+from wsi_anomaly.stages.fit import (
+    Part,
+    Split,
+    SplitOptions,
+    TrainingTiles,
+    fit_detector,
+    fit_recipe,
+    split_tissue,
+)
+from wsi_anomaly.storage.layout import RunFolder, SlideFolder
 
 WriteTiles = Callable[..., SlideFolder]
 SIZES = {"a": 100, "b": 20, "c": 60, "d": 80}
@@ -39,7 +50,7 @@ def test_no_more_tiles_are_learnt_from_than_wanted_as_many_of_each_slide(
         split = split_tissue(folders, {"d": "reference"}, SplitOptions(most_tiles=90), seed=0)
     assert counts(split) == {"a": 35, "b": 20, "c": 35}
     assert int(split.reference[0].tiles.sum()) == 80
-    assert "learning from 90 of 180 tiles, taken evenly from 3 groups" in caplog.text
+    assert "using 90 of 180 tiles, taken evenly from 3 slides" in caplog.text
 
 
 def test_the_same_tiles_are_taken_with_the_same_seed(folders: list[SlideFolder]) -> None:
@@ -70,3 +81,23 @@ def test_a_cohort_with_nothing_to_learn_from_is_refused(folders: list[SlideFolde
     """The message says what to name."""
     with pytest.raises(CohortError, match="name at least one 'train' and one 'reference'"):
         split_tissue(folders, dict.fromkeys(SIZES, "reference"), SplitOptions(), seed=0)
+
+
+def test_tiles_of_one_colour_are_refused_before_anything_is_learnt(write_tiles: WriteTiles, tmp_path: Path) -> None:
+    """A detector would learn for days, and then find that no score differs."""
+    folders = [write_tiles(20, slide_id=slide_id, tile_px=8, grey=200 + n) for n, slide_id in enumerate("ab")]
+    split = split_tissue(folders, {}, SplitOptions(), seed=0)
+    recipe = fit_recipe(split, {"name": "autoencoder"}, seed=0)
+    with pytest.raises(CohortError, match=r"each of the 20 looked at is of one colour.*\[tissue\]"):
+        fit_detector(RunFolder(tmp_path / "shop"), split, Autoencoder(), recipe, seed=0, device="cpu")
+
+
+def test_few_slides_are_held_out_in_blocks_and_sampled_by_slide(write_tiles: WriteTiles) -> None:
+    """A large slide has many blocks, and still gives no more tiles than another."""
+    parts = [
+        Part(folder, np.ones(count, bool))
+        for count, folder in ((count, write_tiles(count, slide_id=str(count), tile_px=8)) for count in (400, 100))
+    ]
+    tiles = TrainingTiles(parts, seed=0)
+    assert len(np.unique(tiles.groups)) > 10
+    assert np.bincount(tiles.slides[even_sample(tiles.slides, 120, seed=0)]).tolist() == [60, 60]

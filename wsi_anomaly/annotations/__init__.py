@@ -9,7 +9,7 @@ from wsi_anomaly.annotations.coverage import area_fractions
 from wsi_anomaly.annotations.frame import Frame
 from wsi_anomaly.annotations.geojson import read_outlines
 from wsi_anomaly.annotations.groups import GROUPS, Meaning, parse_groups
-from wsi_anomaly.annotations.labels import LABELS, SlideLabel, read_slide_labels
+from wsi_anomaly.annotations.labels import LABELS, SlideLabel, read_slide_groups, read_slide_labels
 from wsi_anomaly.annotations.lesions import Lesions, lesions_of
 from wsi_anomaly.annotations.masks import read_mask
 from wsi_anomaly.annotations.matching import Matched, find_annotations
@@ -35,5 +35,6 @@ __all__ = [
     "read_annotation",
     "read_mask",
     "read_outlines",
+    "read_slide_groups",
     "read_slide_labels",
 ]

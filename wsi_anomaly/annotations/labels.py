@@ -40,18 +40,18 @@ class TruthRow:
     label: SlideLabel | None
 
 
-def read_truth(table: Path) -> dict[str, TruthRow]:
+def read_truth(table: Path, *, not_read: Sequence[str] = ()) -> dict[str, TruthRow]:
     """The rows of a CSV with the columns `slide_id` and `annotation`, `label` or both, by slide_id.
 
     It is UTF-8, separated by comma, semicolon or tab. An annotation is a path relative to the table; a label one of
     `LABELS` in letters of any case. Both may be left empty where the table has both columns. The other columns of a
-    table of slides may stand there too.
+    table of slides may stand there too, and those of `not_read`.
 
     Raises:
         AnnotationError: the table cannot be read, or rows are faulty (all are listed).
     """
     numbered = _rows(table)
-    columns = _columns(table, numbered[0][1] if numbered else [])
+    columns = _columns(table, numbered[0][1] if numbered else [], not_read)
     rows: dict[str, TruthRow] = {}
     faults: list[str] = []
     for number, cells in numbered[1:]:
@@ -67,23 +67,55 @@ def read_truth(table: Path) -> dict[str, TruthRow]:
     return rows
 
 
-def read_slide_labels(table: Path) -> dict[str, SlideLabel]:
+def read_slide_labels(table: Path, *, not_read: Sequence[str] = ()) -> dict[str, SlideLabel]:
     """The label of each slide that has one, from a table as `read_truth` reads it.
 
     Raises:
         AnnotationError: the table cannot be read, has no column `label`, or rows are faulty (all are listed).
     """
-    rows = read_truth(table)
+    rows = read_truth(table, not_read=not_read)
     labels = {slide_id: row.label for slide_id, row in rows.items() if row.label is not None}
     if not labels:
         raise AnnotationError(f"{table.name}: has no labels; add the column label ({', '.join(LABELS)})")
     return labels
 
 
-def _columns(table: Path, header: Sequence[str]) -> list[str]:
+def read_slide_groups(table: Path) -> dict[str, str]:
+    """Any text that a table has for slides in its column `label`, by slide_id; slides without are left out.
+
+    Texts that differ in case alone are one, spelt as the first of them. Other columns are not read.
+
+    Raises:
+        AnnotationError: the table cannot be read, lacks one of both columns, or rows are faulty (all are listed).
+    """
+    numbered = _rows(table)
+    columns = [name.lower() for name in numbered[0][1]] if numbered else []
+    for name in ("slide_id", "label"):
+        if columns.count(name) != 1:
+            raise AnnotationError(f"{table.name}: columns are '{', '.join(columns)}'; '{name}' must be there, once")
+    texts: dict[str, str] = {}
+    spellings: dict[str, str] = {}
+    faults: list[str] = []
+    for number, cells in numbered[1:]:
+        row = {"slide_id": "", "label": ""} | dict(zip(columns, cells, strict=False))
+        slide_id, text = row["slide_id"], " ".join(row["label"].split())
+        if any(cells[len(columns) :]):
+            faults.append(
+                f"row {number}: {len(cells)} cells in {len(columns)} columns; put a text with commas in quotes"
+            )
+        elif not slide_id or slide_id in texts:
+            faults.append(f"row {number}: " + (f"'{slide_id}' is there already" if slide_id else "slide_id is empty"))
+        texts[slide_id] = spellings.setdefault(text.casefold(), text)
+    if faults:
+        raise AnnotationError("\n  ".join([f"{table.name} has faults; mend them and run again:", *faults]))
+    return {slide_id: text for slide_id, text in texts.items() if text}
+
+
+def _columns(table: Path, header: Sequence[str], not_read: Sequence[str]) -> list[str]:
     columns = [name.lower() for name in header]
+    known = {*_COLUMNS, *_NOT_READ, *(name.lower() for name in not_read)}
     for name in columns:
-        if name not in (*_COLUMNS, *_NOT_READ):
+        if name not in known:
             raise AnnotationError(f"{table.name}: unknown column '{name}' ({nearest(name, _COLUMNS)})")
     if "slide_id" not in columns or not {"annotation", "label"} & set(columns) or len({*columns}) < len(columns):
         raise AnnotationError(

@@ -28,12 +28,12 @@ class Matched:
     """The slides of which neither an annotation nor a label is there."""
 
 
-def find_annotations(place: Path, slide_ids: Sequence[str]) -> Matched:
+def find_annotations(place: Path, slide_ids: Sequence[str], *, not_read: Sequence[str] = ()) -> Matched:
     """The annotations and labels of the slides, from a folder of files or a CSV as `read_truth` reads it.
 
     Files are named after their slide, in letters of any case: `<slide_id>.xml`, also with a word before or behind
     (`tumor_001_mask.tif`, `mask_tumor_001.jpg`) or with the suffix of the slide (`tumor_001.svs.geojson`). Folders in
-    the folder are not searched.
+    the folder are not searched. `not_read` are columns that the CSV may have besides.
 
     Raises:
         AnnotationError: there is no such place, several files belong to one slide, the table has faults, or nothing
@@ -42,7 +42,7 @@ def find_annotations(place: Path, slide_ids: Sequence[str]) -> Matched:
     if place.is_dir():
         rows, unmatched = _from_folder(place, slide_ids)
     elif place.suffix.lower() in _TABLES and place.is_file():
-        rows, unmatched = _from_table(place, slide_ids)
+        rows, unmatched = _from_table(place, slide_ids, not_read)
     else:
         raise AnnotationError(f"{place.name or place}: no folder of annotations and no CSV; name one of them")
     if not rows:
@@ -85,11 +85,13 @@ def _from_folder(folder: Path, slide_ids: Sequence[str]) -> tuple[dict[str, Trut
     return {slide_id: TruthRow(paths[0], None) for slide_id, paths in files.items()}, unmatched
 
 
-def _from_table(table: Path, slide_ids: Sequence[str]) -> tuple[dict[str, TruthRow], list[str]]:
+def _from_table(
+    table: Path, slide_ids: Sequence[str], not_read: Sequence[str]
+) -> tuple[dict[str, TruthRow], list[str]]:
     known = {_key(slide_id): slide_id for slide_id in slide_ids}
     rows: dict[str, TruthRow] = {}
     unmatched: list[str] = []
-    for name, row in read_truth(table).items():
+    for name, row in read_truth(table, not_read=not_read).items():
         slide_id = _slide_of(name, known)
         if slide_id is None:
             unmatched.append(name)

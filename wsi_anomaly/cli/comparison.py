@@ -33,7 +33,13 @@ class ModelsCommand(TyperCommand):
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:  # noqa: ANN401 - some versions of typer bring a click of their own
         """As click does, after `--models a b` has become `--models a --models b`."""
-        return super().parse_args(ctx, list(_one_each(args)))
+        try:
+            return super().parse_args(ctx, list(_one_each(args)))
+        except Exception as error:
+            # What --models took cannot be told from slides; click's own word would be that there are none.
+            if getattr(getattr(error, "param", None), "name", "") == "slides" and hasattr(error, "message"):
+                error.message = "They come before --models, or after two dashes: --models A B -- SLIDES"
+            raise
 
 
 def compare(

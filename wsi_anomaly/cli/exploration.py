@@ -12,8 +12,8 @@ Of = Annotated[
     Literal["scores", "embeddings"] | None,
     typer.Option(
         "--of",
-        help="What tells tiles apart: all scores of the detector, or the embeddings of 'prompt'. "
-        "Without: embeddings where there are some.",
+        help="What tells tiles apart: the detector's score vectors (its scores where it has none), or the embeddings "
+        "of 'prompt'. Without: embeddings where there are some.",
         show_default=False,
     ),
 ]
@@ -26,8 +26,8 @@ Columns = Annotated[
 Labels = Annotated[
     Path | None,
     typer.Option(
-        help="A CSV with the columns slide_id and label, as evaluate takes it: hits are then counted by label. "
-        "Without: by z below and above the threshold.",
+        help="A CSV with the columns slide_id and label, any text such as normal or site A: hits are then counted by "
+        "label, of which there may be 8. Without: by z below and above the threshold.",
         show_default=False,
     ),
 ]
@@ -65,7 +65,7 @@ def explore(
         found = explore(run, options, labels=labels)
     down, across = found.shape
     for line in (
-        f"{found.tiles:,} tiles of {found.slides} slides by their {found.of}, on a map of {down} x {across} cells",
+        f"{found.tiles:,} tiles of {found.slides} slides by {found.features}, on a map of {down} x {across} cells",
         f"The picture is {run.typicality_picture}, the table {run.typicality_table}",
     ):
         stdout.print(line, markup=False, highlight=False, soft_wrap=True)

@@ -24,9 +24,9 @@ def detectors() -> None:
         try:
             rows.append((name, *_described(load_plugin(DETECTORS, name)), package))
         except PluginError as error:
-            rows.append((name, *[_UNKNOWN] * 5, package))
+            rows.append((name, *[_UNKNOWN] * 6, package))
             troubles.append(str(error))
-    print_listing(("detector", "what it does", "needs", "outputs", "paper", "licences", "package"), rows)
+    print_listing(("detector", "what it does", "needs", "outputs", "caution", "paper", "licences", "package"), rows)
     for trouble in troubles:
         stdout.print(trouble, markup=False, highlight=False, soft_wrap=True)
 
@@ -34,16 +34,18 @@ def detectors() -> None:
 _UNKNOWN = "-"
 
 
-def _described(detector: Any) -> tuple[str, str, str, str, str]:  # noqa: ANN401 - any class that was registered
-    """What it does, needs and gives, its paper, and the licence of what it can use. A plug-in may tell none of it."""
+def _described(detector: Any) -> tuple[str, ...]:  # noqa: ANN401 - any class that was registered
+    """What it does, needs and gives, how it can mislead, its paper, licences. A plug-in may tell none of it."""
     summary = next(iter((detector.__doc__ or "").strip().splitlines()), _UNKNOWN)
     needs = getattr(detector, "needs", None)
+    extra = [f"the extra {name}" for name in [getattr(detector, "extra", "")] if name]
     kinds = getattr(detector, "outputs", None)
     outputs = (", ".join(_score_names(detector)), *(_kinds_of_output(detector) if kinds is None else kinds))
     return (
         summary,
-        _UNKNOWN if needs is None else ", ".join(needs) or "nothing",
+        _UNKNOWN if needs is None else ", ".join((*needs, *extra)) or "nothing",
         "; ".join(filter(None, outputs)) or _UNKNOWN,
+        getattr(detector, "caution", _UNKNOWN),
         getattr(detector, "paper", _UNKNOWN),
         getattr(detector, "licence_of", _UNKNOWN),
     )
@@ -123,11 +125,12 @@ def doctor() -> None:
     findings = examine()
     table = _table("", "what", "found")
     for finding in findings:
-        mark = "[green]ok[/]" if finding.well else "[bold red]no[/]"
+        well = "[yellow]note[/]" if finding.remedy else "[green]ok[/]"
+        mark = well if finding.well else "[bold red]no[/]"
         table.add_row(mark, finding.what, escape(finding.found))
     stdout.print(table)
     for finding in findings:
-        if not finding.well:
+        if finding.remedy:
             stdout.print(f"{finding.what}: {finding.remedy}", markup=False, highlight=False, soft_wrap=True)
     if not all(finding.well for finding in findings):
         raise typer.Exit(1)

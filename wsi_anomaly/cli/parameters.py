@@ -1,7 +1,7 @@
 """Arguments and options that several commands share."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -50,10 +50,16 @@ ImageTextWeights = Annotated[
         show_default=False,
     ),
 ]
+KeepMaps = Annotated[
+    Literal["none", "all"] | None,
+    typer.Option(help="Keep the per-pixel anomaly of tiles, whatever the model's pipeline says.", show_default=False),
+]
 KeepReconstructions = Annotated[
-    str,
+    str | None,
     typer.Option(
-        metavar="none|all|worst:N", help="Keep tiles as the model rebuilds them: all, or the N worst a slide."
+        metavar="none|all|worst:N",
+        help="Keep tiles as the model rebuilds them: all, or the N worst a slide, whatever the model's pipeline says.",
+        show_default=False,
     ),
 ]
 BaseWeights = Annotated[

@@ -41,7 +41,7 @@ def prompt(
     results: p.Results,
     pipeline: Annotated[
         str | None,
-        typer.Option("--pipeline", "-p", help="Whose [prompt] options to use: a preset, or the path of a file."),
+        typer.Option("--pipeline", "-p", help="Whose \\[prompt] options to use: a preset, or the path of a file."),
     ] = None,
     model: Annotated[
         Path | None, typer.Option("--model", "-m", help="Describe tiles as they were described for this model.")
@@ -87,8 +87,8 @@ def prompt(
 def score(
     results: p.Results,
     model: p.ModelPath,
-    keep_maps: Annotated[Literal["none", "all"], typer.Option(help="Keep the per-pixel anomaly of tiles.")] = "none",
-    keep_reconstructions: p.KeepReconstructions = "none",
+    keep_maps: p.KeepMaps = None,
+    keep_reconstructions: p.KeepReconstructions = None,
     explain: Annotated[
         str | None,
         typer.Option(metavar="SLIDE_ID", help="Draw the tiles of highest and of median z of this slide: scores.png."),
@@ -102,6 +102,7 @@ def score(
 ) -> None:
     """Score tiles with a model: RESULTS/slides/<slide_id>/scores.zarr. Needs tile."""
     from wsi_anomaly.pipeline.explaining import explain_scores
+    from wsi_anomaly.pipeline.loading import load_for_stage
     from wsi_anomaly.pipeline.running import fitted_detector, pipeline_of
     from wsi_anomaly.pipeline.running import score as score_slide
     from wsi_anomaly.pipeline.single import apply_alone, having, having_slide
@@ -112,7 +113,9 @@ def score(
     pipeline = pipeline_of(fitted).keeping(maps=keep_maps, reconstructions=keep_reconstructions)
     resources = Resources(device=device, batch_size=batch_size, offline=offline, base_weights=base_weights)
     detector = fitted_detector(fitted, pipeline, resources)
-    with session(slides=len(having(run, "tile")), quiet=quiet, log_file=log_file) as bars:
+    tiled = having(run, "tile")
+    with session(slides=len(tiled), quiet=quiet, log_file=log_file) as bars:
+        load_for_stage(tiled, detector, pipeline)
         failed = apply_alone(
             "score", "tile", run, lambda slide: score_slide(slide, detector, pipeline, resources), listener=bars
         )
@@ -156,7 +159,8 @@ def heatmap(
         Literal["model", "cohort"], typer.Option(help="'cohort': measure against all tiles of RESULTS (the paper).")
     ] = "model",
     pipeline: Annotated[
-        str | None, typer.Option("--pipeline", "-p", help="A pipeline whose [heatmap] options to use, not the model's.")
+        str | None,
+        typer.Option("--pipeline", "-p", help="A pipeline whose \\[heatmap] options to use, not the model's."),
     ] = None,
     quiet: p.Quiet = False,
     log_file: p.LogFile = None,

@@ -35,9 +35,17 @@ def print_slides(rows: Iterable[SlideRow], out: Path) -> None:
     stdout.print(table)
     for row in rows:
         if row.status != "done":
-            stdout.print(f"{row.status}: {row.reason}", markup=False, highlight=False, soft_wrap=True)
-    line = f"Everything is in {out}: slides.csv, and slides/<slide_id>/ with heatmap.png and GeoJSON for QuPath."
+            stdout.print(f"{row.status}: {_named(row)}", markup=False, highlight=False, soft_wrap=True)
+    if any(row.status == "done" for row in rows):
+        line = f"Everything is in {out}: slides.csv, and slides/<slide_id>/ with heatmap.png and GeoJSON for QuPath."
+    else:
+        line = f"No slide is finished. The reasons are in {out / 'slides.csv'} too."
     stdout.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def _named(row: SlideRow) -> str:
+    """The reason with the slide that it is about, once."""
+    return row.reason if row.slide_id in row.reason else f"{row.slide_id}: {row.reason}"
 
 
 def print_metrics(evaluation: Any) -> None:  # noqa: ANN401 - an `Evaluation`, whose module is heavy and imported late

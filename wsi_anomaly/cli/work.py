@@ -68,8 +68,8 @@ def run(
             "(the paper's protocol; for slides that are mostly normal)."
         ),
     ] = "model",
-    keep_maps: Annotated[Literal["none", "all"], typer.Option(help="Keep the per-pixel anomaly of tiles.")] = "none",
-    keep_reconstructions: p.KeepReconstructions = "none",
+    keep_maps: p.KeepMaps = None,
+    keep_reconstructions: p.KeepReconstructions = None,
     device: p.Device = p.DEFAULTS.device,
     workers: p.Workers = p.DEFAULTS.workers,
     batch_size: p.BatchSize = p.DEFAULTS.batch_size,

@@ -17,10 +17,11 @@ def read_cohort(
     """The slides that CSV tables, folders (searched recursively) and slide files name, tables first, each file once.
 
     A table is UTF-8 with the columns `slide_id, path, mpp, split, annotation, mask`, separated by comma, semicolon or
-    tab; only `path` is required, and paths are relative to the table. What a table says of a slide holds wherever else
-    the slide is named. A slide without a `slide_id` is called after its file, and after its path below the common
-    folder of all sources where that is not unique. `mpp` is for the slides that no table gives one. `columns` are those
-    that a detector looks at: then every slide must be in a table that has them.
+    tab; only `path` is required, and paths are relative to the table. A column `label` may stand there too and is not
+    read. What a table says of a slide holds wherever else the slide is named. A slide without a `slide_id` is called
+    after its file, and after its path below the common folder of all sources where that is not unique. `mpp` is for the
+    slides that no table gives one. `columns` are those that a detector looks at: then every slide must be in a table
+    that has them.
 
     Raises:
         CohortError: a source does not exist, a folder holds no slide, a table has faulty rows (all are listed), or

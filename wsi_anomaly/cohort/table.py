@@ -14,6 +14,8 @@ from wsi_anomaly.errors import CohortError
 from wsi_anomaly.options import nearest
 
 COLUMNS = ("slide_id", "path", "mpp", "split", "annotation", "mask")
+_NOT_READ = ("label",)
+"""Of a table of labels, which may be the same file."""
 
 
 def read_table(table: Path, wanted: Sequence[str] = ()) -> list[CohortSlide]:
@@ -47,7 +49,7 @@ def read_table(table: Path, wanted: Sequence[str] = ()) -> list[CohortSlide]:
 def _columns(table: Path, header: tuple[int, list[str]], wanted: Sequence[str]) -> list[str]:
     number, names = header
     columns = [name.lower() for name in names]
-    known = (*COLUMNS, *(name.lower() for name in wanted))
+    known = (*COLUMNS, *_NOT_READ, *(name.lower() for name in wanted))
     faults = [f"unknown column '{name}' ({nearest(name, known)})" for name in columns if name not in known]
     faults += [f"column '{name}' is there twice" for name, count in Counter(columns).items() if count > 1]
     if "path" not in columns:

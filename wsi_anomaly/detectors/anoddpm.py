@@ -5,7 +5,6 @@ workshops 2022), and the form of it that Kim et al., "AnoPILaD" (MICCAI 2025), c
 """
 
 import json
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -29,7 +28,7 @@ from wsi_anomaly.detectors.diffusion.pixel import (
 from wsi_anomaly.detectors.diffusion.pixel_base import load_pixel_base
 from wsi_anomaly.detectors.diffusion.restoring import Restorer
 from wsi_anomaly.detectors.diffusion.samplers import Ddim, SamplerOptions
-from wsi_anomaly.detectors.diffusion.scoring import SEEN, DiffusionScorer, ScoreName, names_of
+from wsi_anomaly.detectors.diffusion.scoring import SEEN, DiffusionScorer, ScoreName, judging, names_of
 from wsi_anomaly.detectors.diffusion.training import train_steps
 from wsi_anomaly.detectors.diffusion.walk_norms import WalkNormOptions, WalkNorms
 from wsi_anomaly.detectors.perceptual import Lpips, load_lpips, note_lpips, require_noted
@@ -60,6 +59,7 @@ class AnoDdpm(Options):
 
     paper: ClassVar[str] = "Wyatt et al., CVPR workshops 2022"
     needs: ClassVar[tuple[str, ...]] = ("GPU",)
+    caution: ClassVar[str] = "mse_pixel can rank tumour below normal tissue"
     licence_of: ClassVar[str] = "google/ddpm-celebahq-256: Apache-2.0"
 
     base: str = ""
@@ -183,7 +183,7 @@ class AnoDdpm(Options):
         network = self._trained(checkpoint, place)
         if lpips := self._lpips(place):
             require_noted(lpips, checkpoint, weights=self.lpips_weights)
-        return replace(self._scorer(network, place, lpips), densities=self._norms().load(checkpoint))
+        return judging(self._scorer(network, place, lpips), self._norms().load(checkpoint))
 
     def _trained(self, checkpoint: Path, place: torch.device) -> PixelDiffusion:
         """The network as it was left, for scoring."""

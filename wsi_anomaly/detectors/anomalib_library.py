@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from jaxtyping import UInt8
 
+from wsi_anomaly.devices import reproducible
 from wsi_anomaly.errors import ModelError, OptionsError
 
 
@@ -65,7 +66,7 @@ def train(
         enable_model_summary=False,
     )
     bars = library("tqdm").tqdm
-    with patched(bars, "__init__", partialmethod(bars.__init__, disable=True)):
+    with patched(bars, "__init__", partialmethod(bars.__init__, disable=True)), reproducible():
         trainer.fit(module, datamodule=tiles)
 
 

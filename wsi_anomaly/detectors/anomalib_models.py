@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 from jaxtyping import Float32, UInt8
-from pydantic import Field, PositiveInt
+from pydantic import Field, PositiveInt, field_validator
 
 from wsi_anomaly.detectors import anomalib_efficient_ad, anomalib_library
 from wsi_anomaly.detectors.anomalib_library import library, quiet, seeded, weights_of
@@ -51,7 +51,9 @@ class Anomalib(Options):
     score_names: ClassVar[tuple[str, ...]] = ("anomalib",)
     paper: ClassVar[str] = "Akcay et al., ICIP 2022"
     licence_of: ClassVar[str] = "anomalib: Apache-2.0"
+    extra: ClassVar[str] = "anomalib"
     needs: ClassVar[tuple[str, ...]] = ()
+    caution: ClassVar[str] = "ranks tumour below normal tissue where the backbone has learnt nothing"
 
     model: str = "patchcore"
     backbone_weights: str = ""
@@ -72,6 +74,15 @@ class Anomalib(Options):
     seed: int = Field(0, ge=0)
     """In a pipeline file, the pipeline's own where it is not given."""
 
+    @field_validator("model")
+    @classmethod
+    def _is_there(cls, value: str) -> str:
+        if value not in MODELS:
+            raise ValueError(
+                f"is none of anomalib's models that work here without the network ({nearest(value, list(MODELS))})"
+            )
+        return value
+
     def fit(self, tiles: TileSource, checkpoint: Path, *, device: str) -> None:
         """Fit the model to `tiles` and leave it in the folder `checkpoint`.
 
@@ -79,8 +90,7 @@ class Anomalib(Options):
 
         Raises:
             CohortError: there are fewer than two tiles.
-            OptionsError: anomalib is not installed, has no such model or not those parameters, or the device does not
-                exist.
+            OptionsError: anomalib is not installed, the model has not those parameters, or the device does not exist.
             ModelError: the weights of the backbone are missing or damaged.
         """
         place = resolve_device(device)
@@ -97,7 +107,7 @@ class Anomalib(Options):
             if self.model == _EFFICIENT_AD:
                 anomalib_efficient_ad.prepare(module, self.backbone_weights, image_px=self.image_px)
             fresh = _shapes(module.model)
-            chosen = even_sample(tiles.groups, self.most_tiles, seed=self.seed)
+            chosen = even_sample(tiles.slides, self.most_tiles, seed=self.seed)
             pixels = gathered(tiles, chosen, lambda batch: batch.pixels, folder=checkpoint, identity=identity)
             self._train(module, pixels, place)
         network = module.cpu().eval().model
@@ -134,8 +144,17 @@ class Anomalib(Options):
     def _train(self, module: Any, pixels: UInt8[np.ndarray, "tile y x rgb"], place: torch.device) -> None:  # noqa: ANN401
         if self.model == _EFFICIENT_AD:
             anomalib_efficient_ad.train(module, pixels, place, epochs=self.epochs)
-        else:
+            return
+        try:
             anomalib_library.train(module, pixels, place, epochs=self.epochs, batch_size=self.batch_size)
+        except RuntimeError as error:
+            if "shapes" not in str(error):
+                raise
+            raise OptionsError(
+                f"[detector] model '{self.model}' does not fit tiles of {self.image_px} px ({error}). Give image_px "
+                "another value or, where the model has it, the parameter input_dim that of the features: the second "
+                "number of the first shape."
+            ) from error
 
     def _architecture(self) -> dict[str, Any]:
         options = {"model": self.model, "image_px": self.image_px, "parameters": self.parameters}
@@ -145,13 +164,8 @@ class Anomalib(Options):
         """The library's Lightning module.
 
         Raises:
-            OptionsError: anomalib is not installed, has no such model or not those parameters.
+            OptionsError: anomalib is not installed, or the model has not those parameters.
         """
-        if self.model not in MODELS:
-            raise OptionsError(
-                f"[detector] model '{self.model}' is none of anomalib's that work without the network "
-                f"({nearest(self.model, list(MODELS))})."
-            )
         build = getattr(library("anomalib.models.image"), MODELS[self.model])
         prepare = build.configure_pre_processor((self.image_px, self.image_px))
         try:

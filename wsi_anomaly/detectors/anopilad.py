@@ -5,7 +5,7 @@ takes the noise away under the prompt of the five keywords nearest to the tile.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import ClassVar
@@ -25,7 +25,7 @@ from wsi_anomaly.detectors.diffusion.lora import LORA_WEIGHTS, LoraOptions, add_
 from wsi_anomaly.detectors.diffusion.noise import GaussianNoise, tile_noise
 from wsi_anomaly.detectors.diffusion.restoring import Restorer
 from wsi_anomaly.detectors.diffusion.samplers import Plms, SamplerOptions
-from wsi_anomaly.detectors.diffusion.scoring import SEEN, DiffusionScorer, ScoreName, names_of
+from wsi_anomaly.detectors.diffusion.scoring import SEEN, DiffusionScorer, ScoreName, judging, names_of
 from wsi_anomaly.detectors.diffusion.training import train_steps
 from wsi_anomaly.detectors.diffusion.walk_norms import WalkNormOptions, WalkNorms
 from wsi_anomaly.detectors.perceptual import Lpips, load_lpips, note_lpips, require_noted
@@ -57,6 +57,7 @@ class AnoPilad(Options):
 
     paper: ClassVar[str] = "Kim et al., MICCAI 2025"
     needs: ClassVar[tuple[str, ...]] = ("prompts", "GPU")
+    caution: ClassVar[str] = "mse_latent and mse_pixel can rank tumour below normal tissue"
     licence_of: ClassVar[str] = "Stable Diffusion 1.x: CreativeML Open RAIL-M; CONCH: CC BY-NC-ND 4.0"
 
     base: str = Field(DEFAULT_BASE, min_length=1)
@@ -154,7 +155,7 @@ class AnoPilad(Options):
         network = self._trained(checkpoint, place)
         if lpips := self._lpips(place):
             require_noted(lpips, checkpoint, weights=self.lpips_weights)
-        return replace(self._scorer(network, place, lpips), densities=self._norms().load(checkpoint))
+        return judging(self._scorer(network, place, lpips), self._norms().load(checkpoint))
 
     def _trained(self, checkpoint: Path, place: torch.device) -> LatentDiffusion:
         """The base with the adapter, for scoring."""

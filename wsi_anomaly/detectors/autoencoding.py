@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -10,7 +11,7 @@ from jaxtyping import Float, Float32, UInt8
 from torch import nn
 
 from wsi_anomaly.detectors.protocol import TileBatch
-from wsi_anomaly.detectors.residuals import squared_error_map, tile_means
+from wsi_anomaly.detectors.residuals import SQUARED_ERROR, squared_error_map, tile_means
 from wsi_anomaly.devices import apply_in_chunks, to_pixels
 from wsi_anomaly.errors import OptionsError
 
@@ -23,6 +24,7 @@ class AutoencoderScorer:
 
     network: nn.Module
     device: torch.device
+    map_meaning: ClassVar[str] = SQUARED_ERROR
 
     def score(self, batch: TileBatch) -> Float32[np.ndarray, "tile 1"]:
         """Mean squared error of the rebuilt tile, on intensities in [0, 1]. Never normalised by slide."""

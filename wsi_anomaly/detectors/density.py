@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -48,9 +49,14 @@ class Density:
     """-log p in nats, or the distance, of standardised vectors; of a mixture or a flow it can be differentiated."""
 
     def anomaly(self, vectors: Float32[np.ndarray, "item d"]) -> Float32[np.ndarray, " item"]:
-        """-log p of each vector once standardised ("gmm", "flow"), or the distance to its fifth neighbour ("knn")."""
-        values = in_fixed_chunks(self.of, vectors.astype(np.float64), _CPU, size=_CHUNK_ITEMS)
-        return np.clip(values, -_LARGEST, _LARGEST).astype(np.float32)
+        """-log p of each vector once standardised ("gmm", "flow"), or the distance to its fifth neighbour ("knn").
+
+        NaN for a vector that is not finite.
+        """
+        finite = np.isfinite(vectors).all(axis=1)
+        numbers = np.where(finite[:, None], vectors, 0).astype(np.float64)  # others must not suffer from its company
+        values = in_fixed_chunks(self.of, numbers, _CPU, size=_CHUNK_ITEMS)
+        return np.where(finite, np.clip(values, -_LARGEST, _LARGEST), np.nan).astype(np.float32)
 
     def of(self, vectors: Chunk) -> Float64[torch.Tensor, " chunk"]:
         """The same in float64, for tensors, whose gradient it keeps."""
@@ -62,12 +68,17 @@ def fit_density(name: DensityName, vectors: Float32[np.ndarray, "item d"], *, se
     """The density of these vectors, each of their columns brought to mean 0 and deviation 1 first.
 
     "gmm" is a mixture of Gaussians with full covariances, whose number and ridge are those of the best held-out
-    likelihood; "flow" a neural spline flow; "knn" keeps the vectors and measures distances to them.
+    likelihood; "flow" a neural spline flow; "knn" keeps the vectors and measures distances to them. Vectors that are
+    not finite are left out.
 
     Raises:
         CohortError: there are too few vectors.
     """
-    require_items(name, len(vectors))
+    finite = np.isfinite(vectors).all(axis=1)
+    if not finite.all():
+        log.warning("%d of %d vectors are no finite numbers: left out", np.sum(~finite), len(vectors))
+        vectors = vectors[finite]
+    require_items(name, len(vectors), total=len(vectors))
     values = vectors.astype(np.float64)
     middle, deviation = values.mean(axis=0), values.std(axis=0)
     # Constant columns have the deviation of their rounding, or none.
@@ -77,16 +88,23 @@ def fit_density(name: DensityName, vectors: Float32[np.ndarray, "item d"], *, se
     return _density(name, {"middle": middle, "scale": scale, **arrays})
 
 
-def require_items(name: DensityName, count: int) -> None:
-    """Refuse what `fit_density` would refuse, before anything long is begun.
+def require_items(name: DensityName, count: int, *, total: int) -> None:
+    """Refuse what `fit_density` would refuse, before anything long is begun; `count` tiles are held out of the total.
 
     Raises:
         CohortError: there are too few vectors.
     """
-    if count < FEWEST_ITEMS[name]:
+    least = FEWEST_ITEMS[name]
+    if count < least:
+        held_out, remedy = "", f"Add normal slides: better some hundreds of tiles than {least}."
+        if count < total:
+            held_out = f" (held out of {total})"
+            remedy = (
+                f"Add normal slides until there are about {math.ceil(least * total / max(count, 1))} tiles in all, "
+                "better some hundreds, or raise held_out_fraction."
+            )
         raise CohortError(
-            f"normal tiles to estimate a density '{name}' from: {count}, needed: at least {FEWEST_ITEMS[name]}, "
-            "better some hundreds. Add normal slides, or hold out a larger part of their tiles."
+            f"normal tiles to estimate a density '{name}' from: {count}{held_out}, needed: at least {least}. {remedy}"
         )
 
 

@@ -5,6 +5,7 @@ the prompt stage stores. The default, the distance to near neighbours, is that o
 """
 
 import json
+import logging
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,8 @@ from wsi_anomaly.detectors.weights import WEIGHTS, load_weights, save_weights, w
 from wsi_anomaly.devices import resolve_device
 from wsi_anomaly.errors import CohortError, OptionsError
 from wsi_anomaly.options import Options
+
+log = logging.getLogger(__name__)
 
 CANDIDATES = 5
 """A coreset is chosen among so many times as many tiles, taken evenly."""
@@ -53,8 +56,11 @@ class Embedding(Options):
 
     method: str = "KNN"
     """A class of PyOD, upper or lower case. ECOD and COPOD compare a tile with all remembered ones, number by number:
-    a tenth of a second for each thousand of 512 numbers, so lower most_tiles. LUNAR, AutoEncoder and DeepSVDD train a
-    network, and do so again each time a model is loaded."""
+    a tenth of a second for each thousand of 512 numbers, so lower most_tiles. So do it for KDE, which compares all
+    remembered tiles with each other each time a model is loaded (2000 of 512 numbers take seven seconds, twice as many
+    four times as long), and for KPCA, whose kernel of 20,000 tiles has 3.2 GB and which takes 26 ms for a tile to score
+    where it remembers 2000. LUNAR, AutoEncoder and DeepSVDD train a network, on the CPU, and do so again each time a
+    model is loaded."""
     parameters: dict[str, JsonValue] = Field({})
     """Of that class, such as { n_neighbors = 10 }."""
     unit_length: bool = True
@@ -83,7 +89,8 @@ class Embedding(Options):
             OptionsError: the device does not exist, the pipeline stores no embeddings, or the method cannot learn them.
             MissingExtraError: the method's package is not installed.
         """
-        place, training = resolve_device(device), self.training
+        resolve_device(device)
+        training = self.training
         _require_tiles(tiles)
         identity = fit_identity(tiles, {"options": self.model_dump(mode="json"), "ends": _ends(tiles)})
         if is_finished(checkpoint, identity, weights=WEIGHTS):
@@ -91,10 +98,12 @@ class Embedding(Options):
         for name in (WEIGHTS, HISTORY):  # of an earlier fit: nobody shall take them for this one's
             (checkpoint / name).unlink(missing_ok=True)
         candidates = training.most_tiles * (CANDIDATES if training.subset == "coreset" else 1)
-        chosen = even_sample(tiles.groups, candidates, seed=training.seed)
+        chosen = even_sample(tiles.slides, candidates, seed=training.seed)
         vectors = gathered(tiles, chosen, embeddings_of, folder=checkpoint, identity=identity)
+        if len(vectors) > training.most_tiles:
+            log.info("remembering a coreset of %d of these", training.most_tiles)
         vectors = vectors[coreset(self._seen(vectors), training.most_tiles, seed=training.seed)]
-        self._learnt(vectors, place)
+        self._learnt(vectors)
         save_weights(Vectors(torch.from_numpy(vectors)), checkpoint, _ARCHITECTURE)
         forget(checkpoint)
         content = {"identity": identity, "tiles": {"train": len(vectors), "offered": len(tiles)}}
@@ -108,14 +117,14 @@ class Embedding(Options):
             OptionsError: the device does not exist, or the method cannot learn the vectors.
             MissingExtraError: the method's package is not installed.
         """
-        place = resolve_device(device)
+        resolve_device(device)
         stored = Vectors(torch.zeros(_stored_shape(checkpoint / WEIGHTS)))
         load_weights(stored, checkpoint, _ARCHITECTURE)
         vectors = stored.vectors.numpy()
-        return EmbeddingScorer(self, self._learnt(vectors, place), vectors.shape[1])
+        return EmbeddingScorer(self, self._learnt(vectors), vectors.shape[1])
 
-    def _learnt(self, vectors: Float32[np.ndarray, "row d"], place: torch.device) -> LearntMethod:
-        return learnt(self.method, self.parameters, self._seen(vectors), seed=self.training.seed, device=place)
+    def _learnt(self, vectors: Float32[np.ndarray, "row d"]) -> LearntMethod:
+        return learnt(self.method, self.parameters, self._seen(vectors), seed=self.training.seed)
 
     def _seen(self, vectors: Float32[np.ndarray, "row d"]) -> Float32[np.ndarray, "row d"]:
         return unit_vectors(vectors) if self.unit_length else vectors

@@ -54,6 +54,7 @@ class FAnoGan(Options):
 
     paper: ClassVar[str] = "Schlegl et al., Medical Image Analysis 2019"
     needs: ClassVar[tuple[str, ...]] = ("GPU",)
+    caution: ClassVar[str] = "ranks disease below normal tissue, as in the AnoPILaD paper"
 
     crop_px: int = 64
     """Tiles are cut into squares of this side, a power of two, and scored by the mean of these."""
@@ -174,6 +175,7 @@ class FAnoGanScorer:
     networks: "FAnoGanNetworks"
     device: torch.device
     options: FAnoGan
+    map_meaning: ClassVar[str] = "Residual: squared error of intensities from -1 to 1, mean of the colours"
 
     def score(self, batch: TileBatch) -> Float32[np.ndarray, "tile score"]:
         """The scores that were chosen, each the mean over the crops of a tile.

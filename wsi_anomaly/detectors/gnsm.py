@@ -6,7 +6,6 @@ several amounts of noise, tells how usual they are.
 """
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -99,8 +98,10 @@ class Gnsm(Options):
             ModelError: training diverged.
         """
         place, training = resolve_device(device), self.training
-        chosen = even_sample(tiles.groups, self.most_tiles, seed=training.seed)
-        require_items(self.density, math.floor(len(chosen) * training.held_out_fraction))
+        chosen = even_sample(tiles.slides, self.most_tiles, seed=training.seed)
+        groups = tiles.groups[chosen]
+        held_out = split_tiles(groups, training.held_out_fraction, seed=training.seed)[1]
+        require_items(self.density, len(held_out), total=len(chosen))
         recipe = self.model_dump(mode="json") | {"categories": self._categories}
         identity = fit_identity(tiles, recipe)
         if _is_fitted(checkpoint, identity):
@@ -108,12 +109,11 @@ class Gnsm(Options):
         read = partial(_codes, categories=self._categories, columns=self.columns)
         codes = gathered(tiles, chosen, read, folder=checkpoint, identity=identity)
         variables = _variables(codes, self._categories, self.columns)
-        codes, groups = variables.known(codes), tiles.groups[chosen]
+        codes = variables.known(codes)
         network = self._network(variables).to(place)
         optimizer = torch.optim.AdamW(network.parameters(), training.learning_rate, weight_decay=1e-4)
         learner = Learner(network, optimizer, noise_loss(network, place), self._architecture(variables))
         train(learner, _CodeSource(codes, groups), training, folder=checkpoint, recipe=recipe | {"tiles": identity})
-        held_out = split_tiles(groups, training.held_out_fraction, seed=training.seed)[1]
         vectors = score_norms(network.eval(), codes[held_out], place)
         save_density(fit_density(self.density, vectors, seed=training.seed), checkpoint)
         content = json.dumps({"format_version": FORMAT_VERSION, "identity": identity, **asdict(variables)}, indent=1)
@@ -168,12 +168,15 @@ class GnsmScorer:
         Raises:
             OptionsError: the tiles lack keyword scores or cohort columns, or have other keywords than were learnt.
         """
-        return self.density.anomaly(self.vectors(batch))[:, None]
+        return self.scores_and_vectors(batch)[0]
 
-    def vectors(self, batch: TileBatch) -> Float32[np.ndarray, "tile level"]:
-        """The norm of the score of each tile at each temperature."""
+    def scores_and_vectors(
+        self, batch: TileBatch
+    ) -> tuple[Float32[np.ndarray, "tile 1"], Float32[np.ndarray, "tile level"]]:
+        """With the norm of the score of each tile at each temperature, from the highest to the lowest."""
         codes = self.variables.known(_codes(batch, self.variables.categories, self.variables.columns))
-        return score_norms(self.network, codes, self.device)
+        vectors = score_norms(self.network, codes, self.device)
+        return self.density.anomaly(vectors)[:, None], vectors
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,6 +204,10 @@ class _CodeSource:
 
     codes: Codes
     groups: Int64[np.ndarray, " tile"]
+
+    @property
+    def slides(self) -> Int64[np.ndarray, " tile"]:
+        return self.groups
 
     def __len__(self) -> int:
         return len(self.codes)
@@ -259,7 +266,8 @@ def _read_variables(path: Path) -> _Variables:
         return _Variables(categories, tuple(map(str, content["columns"])), values)
     except FileNotFoundError as error:
         raise ModelError(
-            f"{path}: is missing: the model is of another detector, its fit was not finished, or not all of it copied."
+            f"{path}: is missing: the model is of another detector, its fit was not finished, or not all of it copied. "
+            "Copy the model again, or fit it anew."
         ) from error
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ModelError(f"{path}: is damaged ({error}). Copy the model again, or fit it anew.") from error

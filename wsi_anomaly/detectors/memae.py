@@ -43,6 +43,7 @@ class MemAe(Options):
     score_names: ClassVar[tuple[str, ...]] = ("mse",)
     paper: ClassVar[str] = "Gong et al., ICCV 2019"
     needs: ClassVar[tuple[str, ...]] = ()
+    caution: ClassVar[str] = "can rank tumour below normal tissue"
 
     channels: tuple[PositiveInt, ...] = Field((96, 128, 256, 256), min_length=1)
     """Width of each layer on the way in, mirrored on the way out. Each halves width and height of the tile."""

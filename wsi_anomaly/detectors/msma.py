@@ -37,6 +37,7 @@ class Msma(Options):
     score_names: ClassVar[tuple[str, ...]] = ("msma",)
     paper: ClassVar[str] = "Mahmood et al., ICLR 2021"
     needs: ClassVar[tuple[str, ...]] = ()
+    caution: ClassVar[str] = "can rank tumour below normal tissue after little training"
 
     network: NetworkName = "ncsn"
     """"ncsn": a small one of its own, which `fit` trains. "latent": a Stable Diffusion under each tile's prompt, or the
@@ -89,9 +90,9 @@ class Msma(Options):
         """
         place, seed = resolve_device(device), self.ncsn.training.seed
         learnt, judged = self._parts(tiles)
-        require_items(self.density, len(judged))
-        base = self._base_digest()
-        recipe = {"detector": self.model_dump(mode="json", exclude={"base", "precision"}), "base": base}
+        require_items(self.density, len(judged), total=len(learnt) + len(judged))
+        made_of = self._made_of()
+        recipe = {"detector": self.model_dump(mode="json", exclude={"base", "precision"}), **made_of}
         identity = fit_identity(tiles, recipe)
         if is_noted(checkpoint, identity):
             return
@@ -100,7 +101,7 @@ class Msma(Options):
         norms = self._norms(checkpoint, place)
         vectors = gathered(judged, norms.vectors, folder=checkpoint, identity=identity)
         save_density(fit_density(self.density, vectors, seed=seed), checkpoint)
-        write_note(checkpoint, "msma", identity=identity, network=self.network, base=base)
+        write_note(checkpoint, "msma", identity=identity, **made_of)
 
     def load(self, checkpoint: Path, *, device: str) -> "MsmaScorer":
         """The scorer that `fit` left in `checkpoint`, on the base that it was fitted with.
@@ -111,9 +112,10 @@ class Msma(Options):
         """
         place = resolve_device(device)
         note = read_note(checkpoint, "msma")
-        found = {"network": self.network, "base": self._base_digest()}
         if faults := [
-            f"{name} is {note.get(name)!r}, not {here!r}" for name, here in found.items() if note.get(name) != here
+            f"{name} is {note.get(name)!r}, not {here!r}"
+            for name, here in self._made_of().items()
+            if note.get(name) != here
         ]:
             raise ModelError(
                 f"{checkpoint}: was fitted with another network: {'; '.join(faults)}. Use the options of the fit, give "
@@ -132,7 +134,7 @@ class Msma(Options):
         seed = self.ncsn.training.seed
         if self.network == "ncsn":
             return held_out_tiles(tiles, self.held_out_fraction, most=self.most_tiles, seed=seed)
-        chosen = even_sample(tiles.groups, self.most_tiles, seed=seed)
+        chosen = even_sample(tiles.slides, self.most_tiles, seed=seed)
         return SomeTiles(tiles, chosen[:0]), SomeTiles(tiles, chosen)
 
     def _norms(self, checkpoint: Path, place: torch.device) -> ScoreNorms:
@@ -140,7 +142,10 @@ class Msma(Options):
             own = load_ncsn("msma", self.ncsn, checkpoint, device=place)
             return ScoreNorms(own, tuple(reversed(range(self.ncsn.levels))), place)
         network = self._base_network(place)
-        timesteps = levels_of(network.schedule, self.ncsn.levels, most_sigma=self.ncsn.most_sigma)
+        options = self.ncsn
+        timesteps = levels_of(
+            network.schedule, options.levels, most_sigma=options.most_sigma, least_sigma=options.least_sigma
+        )
         return ScoreNorms(network, timesteps, place)
 
     def _base_network(self, place: torch.device) -> LatentDiffusion | PixelDiffusion:
@@ -152,6 +157,11 @@ class Msma(Options):
 
     def _base_place(self) -> str:
         return self.base or _BASES[self.network]
+
+    def _made_of(self) -> dict[str, str]:
+        """What a fit belongs to besides its options and tiles."""
+        facts = {"network": self.network, "base": self._base_digest()}
+        return facts if self.network == "ncsn" else facts | {"noise_levels": _LEVELS}
 
     def _base_digest(self) -> str:
         """Empty where there is no base."""
@@ -171,11 +181,16 @@ class MsmaScorer:
 
     def score(self, batch: TileBatch) -> Float32[np.ndarray, "tile 1"]:
         """-log p of the tile's amounts of noise, or their distance from normal ones."""
-        return self.density.anomaly(self.vectors(batch))[:, None]
+        return self.scores_and_vectors(batch)[0]
 
-    def vectors(self, batch: TileBatch) -> Float32[np.ndarray, "tile level"]:
-        """The norm sigma * ||score|| of each tile, from the strongest noise to the weakest."""
-        return self.norms.vectors(batch)
+    def scores_and_vectors(
+        self, batch: TileBatch
+    ) -> tuple[Float32[np.ndarray, "tile 1"], Float32[np.ndarray, "tile level"]]:
+        """With the norm sigma * ||score|| of each tile, from the strongest noise to the weakest."""
+        vectors = self.norms.vectors(batch)
+        return self.density.anomaly(vectors)[:, None], vectors
 
 
+_LEVELS = "nearest timesteps"
+"""Which timesteps of a base stand for the noise levels. Change it with `levels_of`: other ones are other vectors."""
 _BASES = {"latent": DEFAULT_BASE, "pixel": "google/ddpm-celebahq-256"}

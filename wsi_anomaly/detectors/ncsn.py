@@ -103,6 +103,7 @@ def fit_ncsn(detector: str, options: NcsnOptions, tiles: TileSource, *, folder: 
         weights=WEIGHTS,
         recipe=architecture,
         label="as the network denoises them",
+        table="[detector.ncsn.training]",
     )
     train_steps(learner, tiles, options.training, folder=folder, device=device.type)
 

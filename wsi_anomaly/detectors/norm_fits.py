@@ -33,6 +33,11 @@ class SomeTiles:
         """Those of the other."""
         return self.tiles.groups[self.positions]
 
+    @property
+    def slides(self) -> Int64[np.ndarray, " tile"]:
+        """Those of the other."""
+        return self.tiles.slides[self.positions]
+
     def __len__(self) -> int:
         return len(self.positions)
 
@@ -74,7 +79,7 @@ def held_out_tiles(tiles: TileSource, fraction: float, *, most: int, seed: int) 
     if len(tiles) <= 1:
         return SomeTiles(tiles, np.arange(len(tiles))), SomeTiles(tiles, np.arange(0))
     learnt, held_out = split_tiles(tiles.groups, fraction, seed=seed)
-    return SomeTiles(tiles, learnt), SomeTiles(tiles, held_out[even_sample(tiles.groups[held_out], most, seed=seed)])
+    return SomeTiles(tiles, learnt), SomeTiles(tiles, held_out[even_sample(tiles.slides[held_out], most, seed=seed)])
 
 
 def write_note(folder: Path, detector: str, **facts: str) -> None:

@@ -1,7 +1,8 @@
 """The methods of PyOD by name: one learns vectors and scores others, each for itself. Knows no tiles and no files.
 
 PyOD's models are saved by pickling, which runs code of whoever made the file. So they are never saved here: learning
-the same vectors again, from the same seed, gives the same model.
+the same vectors again, from the same seed, gives the same model. Networks learn on the CPU, whatever device there is:
+on another one they would become other networks.
 """
 
 import logging
@@ -86,7 +87,7 @@ def canonical_name(name: str) -> str:
     """
     known = {method.lower(): method for method in METHODS}
     if name.lower() not in known:
-        raise ValueError(f"PyOD has no such method for tiles ({nearest(name.lower(), list(known))})")
+        raise ValueError(f"PyOD has no such method for tiles ({nearest(name, list(METHODS))})")
     return known[name.lower()]
 
 
@@ -108,7 +109,6 @@ def learnt(
     vectors: Float32[np.ndarray, "row d"],
     *,
     seed: int,
-    device: torch.device,
 ) -> LearntMethod:
     """The method after it has learnt the vectors; the caller's random state stays as it is.
 
@@ -119,7 +119,7 @@ def learnt(
     """
     with _own_randomness(seed), reproducible(), _warnings_kept() as kept:
         try:
-            model = _made(name, parameters, width=vectors.shape[1], seed=seed, device=device)
+            model = _made(name, parameters, width=vectors.shape[1], seed=seed)
             _require_enough(name, model, len(vectors))
             model.fit(vectors.astype(np.float64))
             method = LearntMethod(model, METHODS[name][1])
@@ -144,11 +144,14 @@ def _class_of(name: str) -> type:
     return found
 
 
-def _made(name: str, parameters: Mapping[str, Any], *, width: int, seed: int, device: torch.device) -> Any:  # noqa: ANN401 - PyOD has no types
+def _made(name: str, parameters: Mapping[str, Any], *, width: int, seed: int) -> Any:  # noqa: ANN401 - PyOD has no types
     method = _class_of(name)
-    given = {"random_state": seed, "device": device, "n_features": width, "verbose": 0}
+    given = {"random_state": seed, "device": _CPU, "n_features": width, "verbose": 0}
     fitting = {key: value for key, value in given.items() if key in signature(method).parameters}
-    return method(**fitting, **parameters)
+    model = method(**fitting, **parameters)
+    if name == "LUNAR":  # takes a GPU wherever there is one, and cannot be told otherwise
+        model.device, model.network = _CPU, model.network.to(_CPU)
+    return model
 
 
 def _require_enough(name: str, model: Any, count: int) -> None:  # noqa: ANN401 - PyOD has no types
@@ -192,6 +195,7 @@ def _warnings_kept() -> Iterator[list[warnings.WarningMessage]]:
         yield kept
 
 
+_CPU = torch.device("cpu")
 _GIVEN_HERE = ("random_state", "device", "n_features", "verbose")
 _SIZES = ("n_neighbors", "n_components", "batch_size", "subset_size")
 """Parameters that no method can have more of than vectors."""

@@ -43,6 +43,10 @@ class TileSource(Protocol):
         Whoever splits tiles keeps groups whole, so that neighbours never stand on both sides.
         """
 
+    @property
+    def slides(self) -> Int64[np.ndarray, " tile"]:
+        """Tiles with the same number are of one slide. Whoever takes some of the tiles takes as many of each slide."""
+
     def __len__(self) -> int:
         """How many tiles there are."""
 
@@ -117,6 +121,16 @@ class Accountable(Protocol):
 
 
 @runtime_checkable
+class Vectorial(Protocol):
+    """A scorer that describes each tile by some numbers before it judges them."""
+
+    def scores_and_vectors(
+        self, batch: TileBatch
+    ) -> tuple[Float32[np.ndarray, "tile score"], Float32[np.ndarray, "tile value"]]:
+        """What `score` gives, and from the same pass the numbers it comes from: as many for each tile, none judged."""
+
+
+@runtime_checkable
 class Reconstructor(Protocol):
     """A scorer that can also show what it believes normal tissue would look like."""
 
@@ -130,6 +144,15 @@ class Localizer(Protocol):
 
     def score_map(self, batch: TileBatch) -> Float32[np.ndarray, "tile y x"]:
         """The anomaly of each pixel; its mean over a tile is the detector's first score where that is an error."""
+
+
+@runtime_checkable
+class Legible(Localizer, Protocol):
+    """One that also says what its maps show."""
+
+    @property
+    def map_meaning(self) -> str:
+        """A line for who reads a map: "Map: -log p of each place". "Residual: ..." for errors of a reconstruction."""
 
 
 @runtime_checkable

@@ -9,6 +9,8 @@ from torch.nn.functional import avg_pool2d
 
 from wsi_anomaly.errors import OptionsError
 
+SQUARED_ERROR = "Residual: squared error of intensities from 0 to 1, mean of the colours"
+"""What `squared_error_map` shows, for who reads it."""
 Maps = Float64[torch.Tensor, "tile rgb y x"]
 Windows = Float64[torch.Tensor, "tile rgb row column"]
 """One value for each place of the window inside the image."""

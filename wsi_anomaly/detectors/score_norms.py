@@ -8,7 +8,6 @@ noise, sigma * ||score|| is the norm of what it tells.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -16,19 +15,11 @@ from jaxtyping import Float32, Shaped
 
 from wsi_anomaly.detectors.diffusion.restoring import Network
 from wsi_anomaly.detectors.diffusion.schedule import NoiseSchedule
-from wsi_anomaly.detectors.diffusion.trajectory import evenly_in_log_snr
 from wsi_anomaly.detectors.protocol import TileBatch
 from wsi_anomaly.devices import CHUNK_TILES, reproducible
+from wsi_anomaly.errors import OptionsError
 
 Maps = Float32[torch.Tensor, "tile level channel y_latent x_latent"]
-
-
-@runtime_checkable
-class Vectorial(Protocol):
-    """A scorer that describes each tile by some numbers before it judges them."""
-
-    def vectors(self, batch: TileBatch) -> Float32[np.ndarray, "tile level"]:
-        """Those of each tile, whatever other tiles come with it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +32,7 @@ class ScoreNorms:
 
     def vectors(self, batch: TileBatch) -> Float32[np.ndarray, "tile level"]:
         """The norm sigma * ||score|| of each tile at each level; no noise is added."""
-        return self.of_maps(lambda maps: maps.double().square().sum(dim=(2, 3, 4)).sqrt().float(), batch)
+        return self.of_maps(norms_of, batch)
 
     def of_maps(self, function: Callable[[Maps], torch.Tensor], batch: TileBatch) -> Shaped[np.ndarray, "tile ..."]:
         """A function of what the network sees in each tile at each level, always of as many tiles at once."""
@@ -60,14 +51,33 @@ class ScoreNorms:
         return np.concatenate(parts)
 
 
+def norms_of(maps: Maps) -> Float32[torch.Tensor, "tile level"]:
+    """Of what the network sees in each tile at each level; rounded last, so that the order of the sum does not show."""
+    return maps.double().square().sum(dim=(2, 3, 4)).sqrt().float()
+
+
 def faded(network: Network, clean: torch.Tensor, t: int) -> torch.Tensor:
     """Clean tiles as strong as they are at timestep `t`, without the noise."""
     return clean * math.sqrt(network.schedule.alpha_cumprod(t))
 
 
-def levels_of(schedule: NoiseSchedule, levels: int, *, most_sigma: float) -> tuple[int, ...]:
-    """Timesteps from the noise of deviation `most_sigma` (on intensities in [0, 1]) to the least, evenly in log-SNR."""
+def levels_of(schedule: NoiseSchedule, levels: int, *, most_sigma: float, least_sigma: float) -> tuple[int, ...]:
+    """Timesteps whose noise is nearest to these deviations (on intensities in [0, 1]), from the strongest down.
+
+    Between the two, each level is weaker than the one before by the same factor. The timesteps are all different: where
+    two levels have the same nearest one, as below the weakest noise of the schedule, they get neighbouring ones.
+
+    Raises:
+        OptionsError: there are more levels than timesteps.
+    """
+    if levels > len(schedule):
+        raise OptionsError(
+            f"{levels} noise levels are more than the {len(schedule)} timesteps of the base. Lower levels under "
+            "[detector.ncsn] of the pipeline file."
+        )
     # Networks see intensities in [-1, 1], where the same noise deviates twice as much.
-    wanted = 1 / (1 + (2 * most_sigma) ** 2)
-    start = int(np.abs(schedule.alphas_cumprod[1:] - wanted).argmin()) + 1
-    return evenly_in_log_snr(schedule, start, levels)
+    wanted = [1 / (1 + (2 * sigma) ** 2) for sigma in np.geomspace(least_sigma, most_sigma, levels)]
+    nearest = np.array([np.abs(schedule.alphas_cumprod - signal).argmin() for signal in wanted])
+    order = np.arange(levels)
+    apart = np.maximum.accumulate(nearest - order) + order
+    return tuple(int(t) for t in np.minimum(apart, len(schedule) - levels + order)[::-1])

@@ -165,7 +165,7 @@ class SimSid(Options):
 
     def _standardise(self, network: "SimSidNetwork", tiles: TileSource, place: torch.device) -> None:
         """Note mean and deviation of how real normal tiles look, as they are: not shifted, not enlarged."""
-        chosen = even_sample(tiles.groups, self.training.reference_tiles, seed=self.training.seed)
+        chosen = even_sample(tiles.slides, self.training.reference_tiles, seed=self.training.seed)
         parts = [chosen[start : start + _READ_TILES] for start in range(0, len(chosen), _READ_TILES)]
         found = [apply_in_chunks(network.realness, tiles.read(part).pixels, place) for part in parts]
         realness = np.concatenate(found).astype(np.float64)

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
-from jaxtyping import Float32, Shaped
+from jaxtyping import Float32
 from pydantic import Field, PositiveInt, field_validator
 from torch.nn.functional import interpolate
 
@@ -21,7 +21,7 @@ from wsi_anomaly.detectors.ncsn import NcsnOptions, fit_ncsn, load_ncsn
 from wsi_anomaly.detectors.norm_fits import SomeTiles, gathered, held_out_tiles, is_noted, read_note, write_note
 from wsi_anomaly.detectors.protocol import TileBatch, TileSource
 from wsi_anomaly.detectors.residuals import tile_means
-from wsi_anomaly.detectors.score_norms import Maps, ScoreNorms
+from wsi_anomaly.detectors.score_norms import Maps, ScoreNorms, norms_of
 from wsi_anomaly.detectors.spatial_flow import SpatialFlow, cells_of, fit_spatial_flow, some_cells
 from wsi_anomaly.detectors.training import fit_identity
 from wsi_anomaly.detectors.weights import load_weights, save_weights
@@ -76,7 +76,7 @@ class SpatialMsma(Options):
         """
         place, seed = resolve_device(device), self.ncsn.training.seed
         learnt, judged = held_out_tiles(tiles, self.held_out_fraction, most=self.most_tiles, seed=seed)
-        require_items("gmm", len(judged))
+        require_items("gmm", len(judged), total=len(learnt) + len(judged))
         self._require_cells(judged)
         identity = fit_identity(tiles, {"detector": _NAME, **self.model_dump(mode="json")})
         if is_noted(checkpoint, identity):
@@ -149,26 +149,36 @@ class SpatialMsmaScorer:
     flow: SpatialFlow
     kernel_px: int
     cell_px: int
+    map_meaning: ClassVar[str] = "Map: -log p of each place, given what is around it"
 
     def score(self, batch: TileBatch) -> Float32[np.ndarray, "tile 1"]:
         """The mean of -log p over the places of each tile."""
-        cells = self._of_cells(lambda surprise: surprise, batch)
-        return tile_means(cells)[:, None]
+        return self.scores_and_vectors(batch)[0]
+
+    def scores_and_vectors(
+        self, batch: TileBatch
+    ) -> tuple[Float32[np.ndarray, "tile 1"], Float32[np.ndarray, "tile level"]]:
+        """With the norm sigma * ||score|| of each whole tile, from the strongest noise to the weakest."""
+
+        def seen(maps: Maps) -> torch.Tensor:
+            return torch.cat([self._surprise(maps).flatten(1), norms_of(maps)], dim=1)
+
+        values = self.norms.of_maps(seen, batch)
+        levels = len(self.norms.timesteps)
+        return tile_means(values[:, None, :-levels])[:, None], values[:, -levels:]
 
     def score_map(self, batch: TileBatch) -> Float32[np.ndarray, "tile y x"]:
         """-log p of each place, given what is around it, interpolated between the middles of the places."""
         size_px = (batch.pixels.shape[1], batch.pixels.shape[2])
-        return self._of_cells(lambda surprise: interpolate(surprise[:, None], size_px, mode="bilinear")[:, 0], batch)
 
-    def vectors(self, batch: TileBatch) -> Float32[np.ndarray, "tile level"]:
-        """The norm sigma * ||score|| of each whole tile, from the strongest noise to the weakest."""
-        return self.norms.vectors(batch)
+        def drawn(maps: Maps) -> torch.Tensor:
+            return interpolate(self._surprise(maps)[:, None], size_px, mode="bilinear")[:, 0]
 
-    def _of_cells(self, function: Any, batch: TileBatch) -> Shaped[np.ndarray, "tile ..."]:  # noqa: ANN401
-        def judged(maps: Maps) -> torch.Tensor:
-            return function(self.flow(cells_of(maps, kernel_px=self.kernel_px, cell_px=self.cell_px)))
+        return self.norms.of_maps(drawn, batch)
 
-        return self.norms.of_maps(judged, batch)
+    def _surprise(self, maps: Maps) -> Float32[torch.Tensor, "tile row column"]:
+        surprise: torch.Tensor = self.flow(cells_of(maps, kernel_px=self.kernel_px, cell_px=self.cell_px))
+        return surprise
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,20 +187,24 @@ class CamScorer:
 
     norms: ScoreNorms
     density: Density
+    map_meaning: ClassVar[str] = "Map: Grad-CAM of the score, what of it comes from where in this tile"
 
     def score(self, batch: TileBatch) -> Float32[np.ndarray, "tile 1"]:
         """-log p of the amounts of noise in each whole tile."""
-        return self.density.anomaly(self.vectors(batch))[:, None]
+        return self.scores_and_vectors(batch)[0]
+
+    def scores_and_vectors(
+        self, batch: TileBatch
+    ) -> tuple[Float32[np.ndarray, "tile 1"], Float32[np.ndarray, "tile level"]]:
+        """With the norm sigma * ||score|| of each whole tile, from the strongest noise to the weakest."""
+        vectors = self.norms.vectors(batch)
+        return self.density.anomaly(vectors)[:, None], vectors
 
     def score_map(self, batch: TileBatch) -> Float32[np.ndarray, "tile y x"]:
         """Grad-CAM of the score: what of it comes from where, on a scale of its own for each tile."""
         network = self.norms.network
         assert isinstance(network, PixelDiffusion)  # noqa: S101 - `load` made it
         return grad_cams(network, self.norms.timesteps, self.density, batch.pixels)
-
-    def vectors(self, batch: TileBatch) -> Float32[np.ndarray, "tile level"]:
-        """The norm sigma * ||score|| of each whole tile, from the strongest noise to the weakest."""
-        return self.norms.vectors(batch)
 
 
 _NAME = "spatial_msma"

@@ -99,7 +99,8 @@ def train(
 def split_tiles(groups: Int64[np.ndarray, " tile"], fraction: float, *, seed: int) -> tuple[Indices, Indices]:
     """Positions of the tiles to learn from, and of those held out: about `fraction` of them, at least one.
 
-    Groups stay whole if there are several: those drawn are held out as long as they fit, or else the smallest one.
+    Groups stay whole if there are several: those drawn are held out as long as they fit, and where that is less than
+    half of what is wanted, the smallest of the others too, if any is left to learn from.
     """
     random = np.random.default_rng(seed)
     wanted = min(max(1, round(fraction * len(groups))), len(groups) - 1)
@@ -112,7 +113,10 @@ def split_tiles(groups: Int64[np.ndarray, " tile"], fraction: float, *, seed: in
         if sizes[group] <= room:
             chosen.append(group)
             room -= sizes[group]
-    out = np.isin(groups, names[chosen or [sizes.argmin()]])
+    others = [group for group in np.argsort(sizes, kind="stable") if group not in chosen]
+    if room > wanted / 2 and len(others) > 1:
+        chosen.append(others[0])
+    out = np.isin(groups, names[chosen])
     return np.flatnonzero(~out), np.flatnonzero(out)
 
 
@@ -168,7 +172,7 @@ class _Unfinished:
 
     def restore(self, learner: Learner) -> tuple[list[EpochLosses], Weights] | None:
         """History and best weights of the fit that the learner goes on with from now, if there is one."""
-        state = read_unfinished(self.path, self.identity, next(learner.network.parameters()).device)
+        state = read_unfinished(self.path, self.identity, _CPU)
         if state is None:
             return None
         learner.network.load_state_dict(state["network"])
@@ -177,6 +181,7 @@ class _Unfinished:
         return state["history"], state["best"]
 
 
+_CPU = torch.device("cpu")  # where Adam counts its steps: on a GPU each step would wait for the count
 _FEWEST_TILES = 2
 
 

@@ -74,6 +74,7 @@ class Vae(Options):
 
     paper: ClassVar[str] = "Xiao et al., NeurIPS 2020"
     needs: ClassVar[tuple[str, ...]] = ("GPU",)
+    caution: ClassVar[str] = "can rank tumour below normal tissue"
 
     scores: tuple[ScoreName, ...] = Field(("complexity",), min_length=1)
     crop_px: int = 64

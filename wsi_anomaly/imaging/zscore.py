@@ -25,11 +25,13 @@ def describe(scores: Float32[np.ndarray, " tile"]) -> ScoreReference:
     """The reference that some scores make; NaN (unreadable tiles) is left out.
 
     Raises:
-        ValueError: fewer than two scores, or all equal: nothing can be measured against them.
+        ValueError: fewer than two scores, or all equal but for rounding: nothing can be measured against them.
     """
     finite = scores[np.isfinite(scores)].astype(np.float64)
-    if len(finite) < 2 or finite.std() == 0:  # noqa: PLR2004 - a deviation needs two
-        raise ValueError(f"{len(finite)} scores with {len(np.unique(finite))} different values")
+    if len(finite) < 2:  # noqa: PLR2004 - a deviation needs two
+        raise ValueError(f"there are {len(finite)} scores")
+    if finite.std() <= _ROUNDING * abs(finite.mean()):
+        raise ValueError(f"its {len(finite)} scores are all equal")
     quantiles = {str(q): float(value) for q, value in zip(QUANTILES, np.quantile(finite, QUANTILES), strict=True)}
     return ScoreReference(
         mean=float(finite.mean()), deviation=float(finite.std()), count=len(finite), quantiles=quantiles
@@ -43,3 +45,7 @@ def z_scores(
     mean = np.array([reference.mean for reference in references])
     deviation = np.array([reference.deviation for reference in references])
     return np.asarray((scores.astype(np.float64) - mean) / deviation)
+
+
+_ROUNDING = 1e-6
+"""Of their mean. Scores are kept as float32, whose steps are a tenth of this."""

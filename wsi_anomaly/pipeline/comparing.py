@@ -12,9 +12,10 @@ from typing import Any
 
 from wsi_anomaly.cohort import CohortSlide
 from wsi_anomaly.detectors.protocol import Based
-from wsi_anomaly.errors import OptionsError
+from wsi_anomaly.errors import ModelError, OptionsError, PluginError
 from wsi_anomaly.execution import Listener, Progress, Resources, listening, processes, report
 from wsi_anomaly.pipeline.ledger import Ledger
+from wsi_anomaly.pipeline.loading import load_for_run, score_job
 from wsi_anomaly.pipeline.preparing import Preparation, is_prepared, keep_cohort_values, prepare_all, process_count
 from wsi_anomaly.pipeline.preset import Pipeline, build_detector
 from wsi_anomaly.pipeline.prompting import prompt
@@ -45,11 +46,12 @@ def compare(
 
     Each folder is what `run` with that model leaves, scores to the byte, but tiles are read from the slides once and
     lie on disk once. Does only what is missing or out of date, and takes tiles and prompts from whichever of the
-    folders has them. All models are in memory at the same time. Where one model fails, the others go on.
+    folders has them. All models are in memory at the same time. Where one model fails on a slide, the others go on.
 
     Raises:
         CohortError: no slide is left to work on.
         OptionsError: a model is given twice or has other tiles or tissue than the first, or models lie in `out`.
+        ModelError, PluginError, OptionsError: a model cannot be loaded, or does not give what is to be kept.
         LockedOutputError: another process is writing one of the folders.
         OutputError: `out` cannot be written.
     """
@@ -62,6 +64,8 @@ def compare(
             stack.enter_context(locked(entry.folder.lock))
         stack.enter_context(listening(listener))
         started = time.time()
+        for entry in entries:
+            _load(entry, slides)
         contenders = [_start(entry, slides, len(entries), started) for entry in entries]
         _work(slides, contenders, resources)
         for contender in contenders:
@@ -111,10 +115,7 @@ class _Contender:
 
     def job(self, slide_id: str) -> ScoreJob:
         """What its detector has to do."""
-        pipeline = self.entry.pipeline
-        return ScoreJob(
-            self.slide(slide_id), self.entry.detector, pipeline.score, pipeline.seed, pipeline.prompt is not None
-        )
+        return score_job(self.slide(slide_id), self.entry.detector, self.entry.pipeline)
 
 
 def _entries(models: Sequence[Model], out: Path, resources: Resources) -> list[_Entry]:
@@ -123,7 +124,7 @@ def _entries(models: Sequence[Model], out: Path, resources: Resources) -> list[_
     entries = []
     for name, model in zip(result_names([model.folder.root for model in models]), models, strict=True):
         folder = RunFolder(out / name)
-        pipeline = pipeline_of(model).keeping(maps="none", reconstructions="none")  # as `run` does unless told
+        pipeline = pipeline_of(model)
         if ModelFolder(folder.root).manifest.exists():
             raise OptionsError(f"{folder.root}: is a model, no place for results. Choose another --out.")
         detector = fitted_detector(model, pipeline, _resources_of(pipeline, resources))
@@ -154,6 +155,14 @@ def _differences(table: str, found: Mapping[str, Any], wanted: Mapping[str, Any]
     for key, value in found.items():
         if value != wanted[key]:
             yield f"[{table}] {key} is {value} instead of {wanted[key]}"
+
+
+def _load(entry: _Entry, slides: Sequence[CohortSlide]) -> None:
+    """Before anything is done with any model: one that cannot take part is named."""
+    try:
+        load_for_run(slides, entry.folder, entry.detector, entry.pipeline, entry.prompter)
+    except (ModelError, PluginError, OptionsError) as error:
+        raise type(error)(f"{entry.folder.root.name}: {error}") from error
 
 
 def _start(entry: _Entry, slides: Sequence[CohortSlide], count: int, started: float) -> _Contender:

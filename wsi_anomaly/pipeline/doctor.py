@@ -6,7 +6,8 @@ import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib import import_module
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import EntryPoint, PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 
 from wsi_anomaly import __version__
@@ -15,7 +16,8 @@ from wsi_anomaly.plugins import DETECTORS, IMAGE_TEXT_MODELS, installed, load_pl
 
 _PACKAGES = (
     *("numpy", "scipy", "scikit-image", "zarr", "shapely", "tifffile", "imagecodecs", "tiffslide"),
-    *("diffusers", "transformers", "peft", "compel", "open_clip_torch"),
+    *("torchvision", "diffusers", "transformers", "peft", "compel", "open_clip_torch"),
+    *("scikit-learn", "pyod", "zuko"),
 )
 _GIB = 2**30
 
@@ -28,6 +30,7 @@ class Finding:
     well: bool
     found: str
     remedy: str = ""
+    """Of what is well too, where something optional is missing."""
 
 
 def examine() -> tuple[Finding, ...]:
@@ -69,13 +72,24 @@ def _torch() -> str:
 
 
 def _plugins(kind: str, group: str) -> Iterator[Finding]:
-    for name in installed(group):
+    for name, entry in installed(group).items():
         try:
-            load_plugin(group, name)
+            plugin = load_plugin(group, name)
         except WsiAnomalyError as error:
             yield Finding(f"{kind} {name}", well=False, found="cannot be loaded", remedy=str(error))
         else:
-            yield Finding(f"{kind} {name}", well=True, found="can be loaded")
+            yield _extra(f"{kind} {name}", entry, getattr(plugin, "extra", ""))
+
+
+def _extra(what: str, entry: EntryPoint, extra: str) -> Finding:
+    """Of a plug-in that can be loaded: whether the optional package is there that it cannot work without."""
+    if not extra:
+        return Finding(what, well=True, found="can be loaded")
+    if find_spec(extra) is not None:
+        return Finding(what, well=True, found=f"can be loaded, and {extra} is installed")
+    package = entry.dist.name if entry.dist else "wsi-anomaly"
+    remedy = f"To use it, install its extra: pip install '{package}[{extra}]'"
+    return Finding(what, well=True, found=f"can be loaded, but not used: {extra} is not installed", remedy=remedy)
 
 
 def _writing() -> str:

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Float64, Int64
 
-from wsi_anomaly.detectors.protocol import Localizer, Reconstructor
+from wsi_anomaly.detectors.protocol import Legible, Localizer, Reconstructor
 from wsi_anomaly.pipeline.describing import caption
 from wsi_anomaly.pipeline.preset import Pipeline
 from wsi_anomaly.prompts.building import readable
@@ -18,10 +18,11 @@ from wsi_anomaly.storage.reference import Reference
 from wsi_anomaly.storage.scores import read_scores
 
 _TILES_SHOWN = 6
+_ANY_MAP = "Map: higher is more abnormal, in the detector's own unit"
 
 
 def explain_scores(slide: SlideFolder, detector: FittedDetector, reference: Reference, pipeline: Pipeline) -> Path:
-    """Draw a dozen tiles of a scored slide beside their reconstructions and residual maps.
+    """Draw a dozen tiles of a scored slide beside their reconstructions and maps.
 
     Raises:
         ModelError: the reference does not know the slide's scores, or the model cannot be loaded.
@@ -37,8 +38,15 @@ def explain_scores(slide: SlideFolder, detector: FittedDetector, reference: Refe
             slide_id=slide.slide_id,
             tile_mpp=float(source.store.attributes["tile_mpp"]),
             header=f"{detector.name}; z against {reference.source}",
+            map_meaning=map_meaning(detector),
         )
     return slide.score_picture
+
+
+def map_meaning(detector: FittedDetector) -> str:
+    """What the maps of a detector show, in a line for who reads them."""
+    scorer, _ = detector.load()
+    return scorer.map_meaning if isinstance(scorer, Legible) else _ANY_MAP
 
 
 def _explained(
@@ -59,7 +67,7 @@ def _explained(
         ExplainedTile(
             pixels=batch.pixels[place],
             rebuilt=None if rebuilt is None else rebuilt[place],
-            residual=None if maps is None else maps[place],
+            abnormality=None if maps is None else maps[place],
             prompt=readable(batch.prompts[place]),
             z=float(z[tile]),
             scores=dict(zip(names, scores[tile].tolist(), strict=True)),

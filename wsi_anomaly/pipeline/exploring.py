@@ -23,15 +23,16 @@ from wsi_anomaly.storage.arrays import read_array, read_attributes, write_arrays
 from wsi_anomaly.storage.layout import RunFolder, SlideFolder
 from wsi_anomaly.storage.prompts import PromptStore
 from wsi_anomaly.storage.record import Recipe, Work, current_record, find_record, read_record, write_text, writing
-from wsi_anomaly.storage.scores import read_scores
+from wsi_anomaly.storage.scores import has_vectors, read_scores, read_vectors
 from wsi_anomaly.storage.tiles import TileStore
 
 log = logging.getLogger(__name__)
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 Of = Literal["scores", "embeddings"]
 _STAGES: Mapping[Of, str] = {"scores": "score", "embeddings": "prompt"}
 _Read = Callable[[Int64[np.ndarray, " tile"]], Float32[np.ndarray, "tile feature"]]
+_Known = Int64[np.ndarray, " known"]
 _TILES_AT_ONCE = 4096
 _SEED = 0
 
@@ -51,7 +52,8 @@ class ExploreOptions(Options):
 class Explored:
     """What `explore` left, in figures."""
 
-    of: Of
+    features: str
+    """What told tiles apart."""
     slides: int
     tiles: int
     shape: tuple[int, int]
@@ -66,7 +68,7 @@ class _Features:
     slide: SlideFolder
     source: str
     """Which scores or which model they are of: only equal ones can be compared."""
-    known: Int64[np.ndarray, " known"]
+    known: _Known
     read: _Read
     group: Int64[np.ndarray, " tile"]
     """Of all tiles, also of those that are not known; -1: none."""
@@ -76,13 +78,13 @@ class _Features:
 def explore(run: RunFolder, options: ExploreOptions, *, labels: Path | None = None) -> Explored:
     """Map all tiles of a results folder, unless that has been done with the same inputs: picture, table and map.
 
-    `labels` is a CSV as `evaluate` takes it.
+    `labels` is a CSV that says a text of each slide: hits are then counted apart for each text.
 
     Raises:
         MissingOutputError: nothing has been scored or described.
-        AnnotationError: the labels cannot be read, or none belongs to a slide.
+        AnnotationError: the labels cannot be read, are too many, or none belongs to a slide.
         OutputError: slides were scored or described by different models, or the folder cannot be written.
-        CohortError: the tiles are too few, or of one score only.
+        CohortError: the tiles are too few, or of one score only and without vectors.
     """
     of: Of = options.of or ("embeddings" if _has_embeddings(run) else "scores")
     slides = having(run, _STAGES[of])
@@ -91,15 +93,17 @@ def explore(run: RunFolder, options: ExploreOptions, *, labels: Path | None = No
     groups = groups_of(slides, labels)
     recipe = _recipe(slides, of, options, groups)
     if current_record(run.root, recipe) is None:
-        features = [_features(slide, of, groups) for slide in slides]
+        read = _embedded if of == "embeddings" else _vectors if _have_vectors(slides) else _scored
+        features = [_features(slide, read, groups) for slide in slides]
         _require_one_source(run, features)
         typicality, fitted_to = _fit(run, features, options)
         with writing(run.root, recipe) as work:
             work.facts.update({"slides": len(slides), "shape": list(typicality.shape), "fitted_to": fitted_to})
+            work.facts["features"] = features[0].source
             _write(work, run, features, typicality, groups)
     facts = read_record(run.root, "explore").facts
     rows, columns = facts["shape"]
-    return Explored(of, facts["slides"], facts["tiles"], (rows, columns), facts["quantisation_error"])
+    return Explored(facts["features"], facts["slides"], facts["tiles"], (rows, columns), facts["quantisation_error"])
 
 
 def _has_embeddings(run: RunFolder) -> bool:
@@ -113,22 +117,48 @@ def _recipe(slides: Sequence[SlideFolder], of: Of, options: ExploreOptions, grou
         for stage in (_STAGES[of], "heatmap")
         if (record := find_record(slide.root, stage))
     }
-    settings = options.model_dump(mode="json") | {"of": of, "groups": dict(groups.of_slide)}
+    settings = options.model_dump(mode="json") | {"of": of, "groups": dict(groups.of_slide), "shown": groups.names}
     return Recipe("explore", FORMAT_VERSION, settings, inputs)
 
 
-def _features(slide: SlideFolder, of: Of, groups: Groups) -> _Features:
-    if of == "scores":
-        scores, names = read_scores(slide.scores)
-        known = np.flatnonzero(np.isfinite(scores).all(axis=1))
-        source = f"the scores {', '.join(names)} of {read_attributes(slide.scores)['detector']}"
-        read: _Read = scores.__getitem__
-    else:
-        store = PromptStore(slide.prompts)
-        known = np.flatnonzero(TileStore(slide.tiles).readable)
-        model, digest = (store.attributes[name] for name in ("image_text_model", "image_text_model_digest"))
-        source = f"embeddings of {model} ({digest[:8]})"
-        read = store.embedding
+def _have_vectors(slides: Sequence[SlideFolder]) -> bool:
+    """Whether all do; who mixes is told."""
+    without = [slide.slide_id for slide in slides if not has_vectors(slide.scores)]
+    if 0 < len(without) < len(slides):
+        log.warning(
+            "%d of %d slides have scores without score vectors (%s, ...): the map is of scores. "
+            "Score these again: wsi-anomaly score -h",
+            len(without),
+            len(slides),
+            without[0],
+        )
+    return not without
+
+
+def _vectors(slide: SlideFolder) -> tuple[str, _Known, _Read]:
+    vectors = read_vectors(slide.scores)
+    source = f"the score vectors of {read_attributes(slide.scores)['detector']} ({vectors.shape[1]} values a tile)"
+    return source, np.flatnonzero(np.isfinite(vectors).all(axis=1)), vectors.__getitem__
+
+
+def _scored(slide: SlideFolder) -> tuple[str, _Known, _Read]:
+    scores, names = read_scores(slide.scores)
+    kinds = f"the score {names[0]}" if len(names) == 1 else f"the scores {', '.join(names)}"
+    source = f"{kinds} of {read_attributes(slide.scores)['detector']}"
+    return source, np.flatnonzero(np.isfinite(scores).all(axis=1)), scores.__getitem__
+
+
+def _embedded(slide: SlideFolder) -> tuple[str, _Known, _Read]:
+    store = PromptStore(slide.prompts)
+    model, digest = (store.attributes[name] for name in ("image_text_model", "image_text_model_digest"))
+    known = np.flatnonzero(TileStore(slide.tiles).readable)
+    return f"embeddings of {model} ({digest[:8]})", known, store.embedding
+
+
+def _features(
+    slide: SlideFolder, tell: Callable[[SlideFolder], tuple[str, _Known, _Read]], groups: Groups
+) -> _Features:
+    source, known, read = tell(slide)
     if find_record(slide.root, "heatmap"):
         z = read_array(slide.heatmap, "z_tile").astype(np.float64)
     else:
@@ -184,7 +214,7 @@ def _write(
     census = _census(features, typicality, groups)
     borders = u_matrix(typicality)
     work.facts.update({"tiles": int(census.all_hits.sum()), "quantisation_error": census.quantisation_error})
-    attributes = {"features": features[0].source, "groups": list(groups.names)}
+    attributes = {"groups": list(groups.names)}
     arrays = {
         "prototypes": typicality.prototypes,
         "mean": typicality.mean,
@@ -202,16 +232,16 @@ def _write(
         hits=dict(zip(groups.names, census.hits, strict=True)),
         prototypes=_prototypes(features, census),
         title=f"Kinds of tissue in {run.root.resolve().name}",
-        header=_header(work.facts, features[0].source),
+        header=_header(work.facts),
         tile_mpp=float(store.attributes["tile_mpp"]),
     )
 
 
-def _header(facts: Mapping[str, Any], source: str) -> str:
+def _header(facts: Mapping[str, Any]) -> str:
     rows, columns = facts["shape"]
     return (
-        f"{facts['tiles']:,} tiles of {facts['slides']} slides by {source}; a self-organising map of {rows} by "
-        f"{columns} cells, fitted to {facts['fitted_to']:,} tiles; a tile lies {facts['quantisation_error']:.2f} "
+        f"{facts['tiles']:,} tiles of {facts['slides']} slides by {facts['features']}; a self-organising map of {rows} "
+        f"by {columns} cells, fitted to {facts['fitted_to']:,} tiles; a tile lies {facts['quantisation_error']:.2f} "
         "deviations from its prototype on average."
     )
 

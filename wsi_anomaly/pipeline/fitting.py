@@ -1,10 +1,11 @@
 """`fit`: from normal slides to a model."""
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from wsi_anomaly.cohort import CohortSlide
 from wsi_anomaly.detectors.protocol import Scorer
@@ -13,7 +14,7 @@ from wsi_anomaly.execution import Listener, Progress, Resources, listening, proc
 from wsi_anomaly.pipeline.keyword_frequency import frequency_of_training, write_keyword_frequency
 from wsi_anomaly.pipeline.ledger import Ledger
 from wsi_anomaly.pipeline.preparing import prepare_all, process_count
-from wsi_anomaly.pipeline.preset import Pipeline, build_detector_here, write_pipeline
+from wsi_anomaly.pipeline.preset import Pipeline, build_detector_here, require_ready, write_pipeline
 from wsi_anomaly.pipeline.prompting import build_prompter, informed, prompt
 from wsi_anomaly.pipeline.running import score
 from wsi_anomaly.stages.calibrate import Selection, calibrate
@@ -38,11 +39,13 @@ def fit(
     Raises:
         CohortError: no slide can be used, or none is left on one side of the split.
         OutputError: `out` holds something else, or cannot be written.
+        OptionsError: the detector needs what the pipeline does not make, or what is not installed.
     """
     slides = tuple(slide for slide in slides if slide.split != "test")
     if not slides:
         raise CohortError("every slide of the cohort is marked 'test': there is none to learn from")
     pipeline = pipeline.with_defaults()
+    require_ready(pipeline)
     model = ModelFolder(out)
     _check_vacant(model)
     prompter = build_prompter(pipeline.prompt, resources) if pipeline.prompt else None
@@ -199,6 +202,7 @@ def _card(name: str, contents: _Contents) -> str:
         "## Learnt from",
         "",
         *(f"- {slide_id}: {count} tiles" for slide_id, count in tables["train"].items()),
+        *_choice_lines(pipeline.detector, sum(tables["train"].values())),
         "",
         f"## Measured against ({reference.source})",
         "",
@@ -224,3 +228,9 @@ def _prompt_lines(prompter: Prompter | None) -> list[str]:
         f"`{prompter.model_name}` (sha256 {prompter.digest[:12]}), {options.weighting} weights."
     )
     return [line]
+
+
+def _choice_lines(detector: Mapping[str, Any], count: int) -> list[str]:
+    """What a detector leaves out that keeps only so many tiles."""
+    most = detector.get("most_tiles") or detector.get("training", {}).get("most_tiles") or count
+    return ["", f"Of these {count} the detector keeps {most}, taken evenly from the slides."] if most < count else []

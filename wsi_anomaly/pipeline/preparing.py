@@ -67,7 +67,12 @@ def prepare_all(
 
 def keep_cohort_values(slide: CohortSlide, folder: SlideFolder, pipeline: Pipeline) -> None:
     """Keep what the cohort's table says of a slide in the columns that the pipeline's detector looks at."""
-    write_cohort_values(folder.cohort_values, {name: slide.values.get(name, "") for name in pipeline.cohort_columns})
+    write_cohort_values(folder.cohort_values, cohort_values(slide, pipeline))
+
+
+def cohort_values(slide: CohortSlide, pipeline: Pipeline) -> dict[str, str]:
+    """What the cohort's table says of a slide in those columns."""
+    return {name: slide.values.get(name, "") for name in pipeline.cohort_columns}
 
 
 def _alone(executor: Executor, preparation: Preparation) -> Future[float]:

@@ -4,6 +4,7 @@ import tomllib
 from collections.abc import Mapping
 from functools import cache
 from importlib.resources import files
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
@@ -67,13 +68,14 @@ class Pipeline(Options):
         options = detector.model_dump(mode="json") if isinstance(detector, Options) else dict(self.detector)
         return self.model_copy(update={"detector": {"name": self.detector_name, **options}})
 
-    def keeping(self, *, maps: Literal["none", "all"], reconstructions: str) -> "Pipeline":
-        """The same pipeline with more kept beside the scores.
+    def keeping(self, *, maps: Literal["none", "all"] | None = None, reconstructions: str | None = None) -> "Pipeline":
+        """The same pipeline with other wishes of what is kept beside the scores; None leaves its own.
 
         Raises:
             OptionsError: `reconstructions` is neither "none" nor "all" nor, say, "worst:200".
         """
-        table = {"keep_maps": maps, "keep_reconstructions": reconstructions}
+        given = {"keep_maps": maps, "keep_reconstructions": reconstructions}
+        table = self.score.model_dump() | {name: wish for name, wish in given.items() if wish is not None}
         kept = parse_options(ScoreOptions, table, where="--keep-reconstructions (none, all, or worst:N)")
         return self.model_copy(update={"score": kept})
 
@@ -134,6 +136,28 @@ def build_detector(pipeline: Pipeline) -> Detector:
     return detector
 
 
+def require_ready(pipeline: Pipeline) -> None:
+    """Refuse, before slides are tiled, what its detector would refuse when it learns: it knows what it needs.
+
+    Raises:
+        OptionsError: the detector needs prompts or embeddings, and the pipeline makes none; or its extra is missing.
+    """
+    name = pipeline.detector_name
+    kind = load_plugin(DETECTORS, name)
+    needed = [need for need in getattr(kind, "needs", ()) if need in ("prompts", "embeddings")]
+    if needed and pipeline.prompt is None:
+        raise OptionsError(
+            f"the detector '{name}' needs the {' and '.join(needed)} of tiles, and pipeline '{pipeline.name}' makes "
+            'none. Add a table [prompt], such as: [prompt] keywords = "lymph_node", [prompt.model] name = "conch".'
+        )
+    extra = getattr(kind, "extra", "")
+    if extra and find_spec(extra) is None:
+        raise OptionsError(
+            f"the detector '{name}' needs the Python package '{extra}', which is not installed. "
+            f"Install it: pip install 'wsi-anomaly[{extra}]'"
+        )
+
+
 def build_detector_here(pipeline: Pipeline, resources: Resources) -> Detector:
     """The same, with its base model where it lies on this machine.
 
@@ -148,15 +172,18 @@ def build_detector_here(pipeline: Pipeline, resources: Resources) -> Detector:
     return detector
 
 
-def _seeded(options: Mapping[str, Any], detector_class: type[Options], seed: int) -> Mapping[str, Any]:
-    """The same options with a seed to learn by, where the detector takes one and none is given."""
-    field = detector_class.model_fields.get("training")
-    kind, training = field.annotation if field else None, options.get("training", {})
-    if not (isinstance(kind, type) and issubclass(kind, Options) and "seed" in kind.model_fields):
-        return options
-    if not isinstance(training, Mapping):
-        return options  # which is refused by name
-    return {**options, "training": {"seed": seed, **training}}
+def _seeded(options: Mapping[str, Any], kind: type[Options], seed: int) -> dict[str, Any]:
+    """The same options with a seed wherever they or their tables take one and none is given."""
+    seeded = dict(options)
+    if "seed" in kind.model_fields:
+        seeded.setdefault("seed", seed)
+    for name, field in kind.model_fields.items():
+        inner, table = field.annotation, options.get(name, {})
+        if isinstance(inner, type) and issubclass(inner, Options) and isinstance(table, Mapping):  # or refused by name
+            filled = _seeded(table, inner, seed)
+            if filled != table:
+                seeded[name] = filled
+    return seeded
 
 
 def _pipeline_path(name_or_path: str | Path) -> Path:

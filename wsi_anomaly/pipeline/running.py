@@ -19,6 +19,7 @@ from wsi_anomaly.execution import Listener, Progress, Resources, listening, proc
 from wsi_anomaly.options import parse_options
 from wsi_anomaly.pipeline.keyword_frequency import frequency_of, read_keyword_frequency, write_keyword_frequency
 from wsi_anomaly.pipeline.ledger import Ledger
+from wsi_anomaly.pipeline.loading import load_for_run
 from wsi_anomaly.pipeline.preparing import prepare_all, process_count
 from wsi_anomaly.pipeline.preset import Pipeline, build_detector_here, write_pipeline
 from wsi_anomaly.pipeline.prompting import build_prompter, informed, prompt
@@ -35,7 +36,10 @@ from wsi_anomaly.storage.reference import Reference, write_reference
 from wsi_anomaly.storage.slide_table import SlideRow
 
 ZFrom = Literal["model", "cohort"]
-_VERSIONS = ("numpy", "torch", "diffusers", "transformers", "zarr", "openslide-python", "tiffslide")
+_VERSIONS = (
+    *("numpy", "scipy", "torch", "diffusers", "transformers", "scikit-learn", "pyod", "zuko"),
+    *("zarr", "openslide-python", "tiffslide"),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +72,8 @@ def run(
         CohortError: no slide is left to work on.
         LockedOutputError: another run is writing to `out`.
         OutputError: `out` cannot be written.
+        ModelError, PluginError: something is to be scored, and the detector cannot be loaded.
+        OptionsError: maps or reconstructions are to be kept, and the detector makes none.
     """
     slides = slides_to_test(slides)
     folder, pipeline = RunFolder(out), pipeline or pipeline_of(model)
@@ -75,6 +81,7 @@ def run(
     prompter = model_prompter(model, pipeline, resources)
     with writable(out), locked(folder.lock), listening(listener):
         started = time.time()
+        load_for_run(slides, folder, detector, pipeline, prompter)
         write_provenance(folder, model, pipeline, z_from=z_from, started=started)
         ledger = Ledger(folder, tuple(slide.slide_id for slide in slides))
         ledger.write()
@@ -114,7 +121,7 @@ def pipeline_of(model: Model) -> Pipeline:
 
 
 def fitted_detector(model: Model, pipeline: Pipeline, resources: Resources) -> FittedDetector:
-    """The detector of a model. Its weights are loaded when the first tile is scored."""
+    """The detector of a model. Its weights are loaded when there is something to score."""
 
     @cache
     def load() -> tuple[Scorer, tuple[str, ...]]:

@@ -14,6 +14,8 @@ from wsi_anomaly.storage.lock import locked
 from wsi_anomaly.storage.record import find_record, writable
 from wsi_anomaly.storage.slide_table import SlideRow
 
+_MOST_NAMED = 6
+
 
 def prepare_alone(
     step: Step,
@@ -61,8 +63,18 @@ def having(run: RunFolder, stage: str) -> tuple[SlideFolder, ...]:
     """
     slides = tuple(folder for folder in run.slides() if find_record(folder.root, stage))
     if not slides:
-        raise MissingOutputError(f"{run.root}: the stage '{stage}' has run for no slide. See: wsi-anomaly {stage} -h")
+        raise MissingOutputError(f"{run.root}: the stage '{stage}' has run for no slide. {_elsewhere(run, stage)}")
     return slides
+
+
+def _elsewhere(run: RunFolder, stage: str) -> str:
+    """What to do: take one of the folders in it, as `compare` leaves them, or else run the stage."""
+    folders = sorted(path for path in run.root.glob("*/") if path.name != "slides") if run.root.is_dir() else []
+    having = [path for path in folders if any(find_record(slide.root, stage) for slide in RunFolder(path).slides())]
+    if not having:
+        return f"See: wsi-anomaly {stage} -h"
+    more = ", ..." if len(having) > _MOST_NAMED else ""
+    return f"It has in {', '.join(map(str, having[:_MOST_NAMED]))}{more}: give one of these."
 
 
 def having_slide(run: RunFolder, stage: str, slide_id: str) -> SlideFolder:

@@ -1,4 +1,4 @@
-"""Show tiles beside what a model rebuilt of them, and where the two differ. Knows arrays and text; knows no model."""
+"""Show tiles beside what a model rebuilt of them and its maps. Knows arrays and text; knows no model."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -9,6 +9,7 @@ from jaxtyping import Float32, Float64, Int64, UInt8
 from PIL import Image
 
 from wsi_anomaly.reporting.colours import z_colours
+from wsi_anomaly.reporting.map_scale import MapScale, draw_colour_bar, map_picture, scale_of
 from wsi_anomaly.reporting.page import (
     FAINT_INK,
     INK,
@@ -33,13 +34,7 @@ _SUBTITLE, _SUBTITLE_LINE_PX = Lettering(16, FAINT_INK), 22
 _GROUP = Lettering(20, bold=True)
 _Z_SIZE_PX, _Z_LABEL_PX, _AROUND_Z_PX = 22, 30, 10
 _PANEL_NAME, _PROMPT, _SMALL = Lettering(14, FAINT_INK), Lettering(15), Lettering(13, FAINT_INK)
-_COLOUR_BAR_PX = 12
-_RESIDUAL_COLOUR_MAP = "inferno"
-"""Perceptually uniform, and read with any colour vision: black where nothing differs."""
-_FULL_QUANTILE = 0.995
-"""Of all residuals shown, where colours end: a few hot pixels must not make the rest black."""
-_HATCH_PX, _HATCH = 6, np.array([[0xF4] * 3, [0xB4] * 3], np.uint8)
-"""Greys, which no residual is shown in."""
+_RECONSTRUCTION, _RESIDUAL = "Reconstruction", "Residual"
 _READABLE_LUMINANCE = 0.2
 """From here on dark text is easier to read on a colour than white text."""
 
@@ -50,8 +45,8 @@ class ExplainedTile:
 
     pixels: UInt8[np.ndarray, "y x rgb"]
     rebuilt: UInt8[np.ndarray, "y x rgb"] | None
-    residual: Float32[np.ndarray, "y x"] | None
-    """The squared error of intensities from 0 to 1, averaged over colours; NaN where it is not known."""
+    abnormality: Float32[np.ndarray, "y x"] | None
+    """The detector's map of it; NaN where it is not known."""
     prompt: str
     """Empty where the model uses none."""
     z: float
@@ -84,43 +79,39 @@ def write_score_sheet(
     slide_id: str,
     tile_mpp: float,
     header: str,
+    map_meaning: str,
 ) -> None:
-    """Draw two groups of tiles, each tile beside its reconstruction and its residual map, with z, scores and prompt.
+    """Draw two groups of tiles, each tile beside its reconstruction and its map, with z, scores and prompt.
 
-    `header` is the line below the slide's name. Tiles are of one scale on the whole sheet, and so are the colours of
-    residuals. Where no tile has a reconstruction, tiles stand side by side.
+    `header` is the line below the slide's name; `map_meaning` says what maps show, and begins with "Residual" where it
+    is how far tile and reconstruction differ. Tiles are of one scale on the whole sheet, and so are the colours of
+    maps. What no tile has is left out; where there is neither reconstruction nor map, tiles stand side by side.
     """
-    _sheet(highest, median, header=(slide_id, header), tile_mpp=tile_mpp).save(path)
+    _sheet(highest, median, header=(slide_id, header), tile_mpp=tile_mpp, map_meaning=map_meaning).save(path)
 
 
 @dataclass(frozen=True, slots=True)
 class _Layout:
     """What is one for all tiles of a sheet."""
 
-    panels: int
-    """Side by side for a tile: itself, or with what was rebuilt of it and the residual map."""
+    beside: tuple[str, ...]
+    """The names of the panels beside a tile: what was rebuilt of it, its map, both or none."""
     per_row: int
     """Tiles of a group side by side."""
     magnification: float
     """Page pixels in a pixel of a tile."""
-    residual_step: float
-    residual_steps: int
-    """Figures of the colour bar above 0, and how far apart; none where there are no residuals."""
+    scale: MapScale | None
+    """Of all maps, where there are any."""
 
     @property
     def card_px(self) -> int:
         """The width of all that belongs to a tile."""
-        return self.panels * (_PANEL_PX + _GAP_PX) - _GAP_PX
+        return (1 + len(self.beside)) * (_PANEL_PX + _GAP_PX) - _GAP_PX
 
     @property
     def group_px(self) -> int:
         """The width of a group."""
         return self.per_row * (self.card_px + _GAP_PX) - _GAP_PX
-
-    @property
-    def full_residual(self) -> float:
-        """Where the colours of residuals end."""
-        return self.residual_step * self.residual_steps
 
     def size_px(self, tile: ExplainedTile) -> tuple[int, int]:
         """Width and height of a tile on the page."""
@@ -128,49 +119,54 @@ class _Layout:
         return max(round(width * self.magnification), 1), max(round(height * self.magnification), 1)
 
 
-def _layout(groups: Sequence[Sequence[ExplainedTile]]) -> _Layout:
+def _layout(groups: Sequence[Sequence[ExplainedTile]], map_meaning: str) -> _Layout:
     tiles = [tile for group in groups for tile in group]
-    alone = bool(tiles) and all(tile.rebuilt is None and tile.residual is None for tile in tiles)
-    residuals = [tile.residual for tile in tiles if tile.residual is not None]
-    most = _most_residual(residuals)
-    step = round_length(most / 1.75)
+    maps = _maps(tiles)
+    rebuilt = (_RECONSTRUCTION,) if any(tile.rebuilt is not None for tile in tiles) else ()
+    beside = (*rebuilt, _map_name(map_meaning)) if maps else rebuilt
     return _Layout(
-        panels=1 if alone else 3,
-        per_row=min(max(map(len, groups)), _MOST_TILES_PER_ROW) if alone else 1,
+        beside=beside,
+        per_row=1 if beside else min(max(map(len, groups), default=1), _MOST_TILES_PER_ROW),
         magnification=_PANEL_PX / max((max(tile.pixels.shape[:2]) for tile in tiles), default=1),
-        residual_step=step,
-        residual_steps=round(most / step) if residuals else 0,
+        scale=scale_of(maps),
     )
 
 
-def _most_residual(residuals: Sequence[Float32[np.ndarray, "y x"]]) -> float:
-    """Of all that are known, but for the few highest."""
-    known = np.concatenate([np.zeros(1, np.float32), *(residual[np.isfinite(residual)] for residual in residuals)])
-    return float(np.quantile(known, _FULL_QUANTILE)) or float(known.max()) or 1.0
+def _maps(tiles: Sequence[ExplainedTile]) -> list[Float32[np.ndarray, "y x"]]:
+    return [tile.abnormality for tile in tiles if tile.abnormality is not None]
 
 
-def _notes(tiles: Sequence[ExplainedTile]) -> list[str]:
+def _map_name(meaning: str) -> str:
+    return "Residual map" if meaning.startswith(_RESIDUAL) else "Map"
+
+
+def _notes(tiles: Sequence[ExplainedTile], map_meaning: str) -> list[str]:
     """What has to be known to read the sheet, in lines."""
-    residuals = [tile.residual for tile in tiles if tile.residual is not None]
+    maps = _maps(tiles)
     notes = []
     if any(tile.rebuilt is not None for tile in tiles):
         notes.append("Reconstruction: the tile as the model draws it from what it knows of normal tissue.")
-    if residuals:
-        notes.append("Residual: squared error of intensities from 0 to 1, mean of the colours; one scale for all maps.")
-    if not all(np.isfinite(residual).all() for residual in residuals):
+    if maps:
+        notes.append(f"{map_meaning}; one scale for all maps.")
+    if not all(np.isfinite(one).all() for one in maps):
         notes.append("Hatched: not known.")
     return notes or ["This model makes no reconstructions." if tiles else "No tile has a z-score."]
 
 
 def _sheet(
-    highest: Sequence[ExplainedTile], median: Sequence[ExplainedTile], *, header: tuple[str, str], tile_mpp: float
+    highest: Sequence[ExplainedTile],
+    median: Sequence[ExplainedTile],
+    *,
+    header: tuple[str, str],
+    tile_mpp: float,
+    map_meaning: str,
 ) -> Page:
     named = [(name, tiles) for name, tiles in (("Highest z", highest), ("Median z", median)) if tiles]
     groups = [tiles for _, tiles in named]
-    layout = _layout(groups)
+    layout = _layout(groups, map_meaning)
     width_px = max(len(groups), 1) * (layout.group_px + _BETWEEN_GROUPS_PX) - _BETWEEN_GROUPS_PX
     subtitle = wrapped(header[1], width_px, _SUBTITLE, most_lines=_MOST_HEADER_LINES)
-    notes = _notes([*highest, *median])
+    notes = _notes([*highest, *median], map_meaning)
     groups_px = _MARGIN_PX + 52 + _SUBTITLE_LINE_PX * len(subtitle)
     rows_px = _row_tops_px(groups, layout, groups_px + _GROUP_HEAD_PX)
     page = blank_page(width_px + 2 * _MARGIN_PX, rows_px[-1] + _LEGEND_PX + _TEXT_LINE_PX * len(notes) + _MARGIN_PX)
@@ -218,10 +214,9 @@ def _draw_card(page: Page, left_px: int, top_px: int, tile: ExplainedTile, layou
     beside_px = _draw_z(page, left_px, top_px, tile.z) + _GAP_PX
     caption = shortened(tile.caption, _PANEL_PX - beside_px, _SMALL)
     size_px = layout.size_px(tile)
-    residual = None if tile.residual is None else _residual_picture(tile.residual, size_px, layout.full_residual)
-    panels = (("", tile.pixels), ("Reconstruction", tile.rebuilt), ("Residual map", residual))
     page.write(left_px + beside_px, top_px + _ON_LINE_PX, caption, _SMALL)
-    for i, (name, pixels) in enumerate(panels[: layout.panels]):
+    for i, name in enumerate(("", *layout.beside)):
+        pixels = _panel_pixels(tile, name, layout)
         x_px = left_px + i * (_PANEL_PX + _GAP_PX)
         page.write(x_px, top_px + _ON_LINE_PX, name, _PANEL_NAME)
         _draw_panel(page, x_px, top_px + _CARD_HEAD_PX, pixels, size_px)
@@ -231,6 +226,14 @@ def _draw_card(page: Page, left_px: int, top_px: int, tile: ExplainedTile, layou
     baseline_px = top_px + _CARD_HEAD_PX + size_px[1] + _TEXT_LINE_PX
     for i, (line, lettering) in enumerate(_text_below(tile, layout)):
         page.write(left_px, baseline_px + i * _TEXT_LINE_PX, line, lettering)
+
+
+def _panel_pixels(tile: ExplainedTile, name: str, layout: _Layout) -> UInt8[np.ndarray, "y x rgb"] | None:
+    if name in {"", _RECONSTRUCTION}:
+        return tile.rebuilt if name else tile.pixels
+    if tile.abnormality is None or layout.scale is None:
+        return None
+    return map_picture(tile.abnormality, layout.size_px(tile), layout.scale)
 
 
 def _draw_z(page: Page, left_px: int, top_px: int, z: float) -> int:
@@ -257,42 +260,15 @@ def _draw_panel(
         page.show(left_px, top_px, np.asarray(resized), size_px=size_px)
 
 
-def _residual_picture(
-    residual: Float32[np.ndarray, "y x"], size_px: tuple[int, int], full: float
-) -> UInt8[np.ndarray, "row column rgb"]:
-    """In colours from 0 to `full`, and hatched where the residual is not known."""
-    from matplotlib import colormaps
-
-    known = np.isfinite(residual)
-    parts = (known.astype(np.float32), np.where(known, residual, np.float32(0)))
-    share, sums = (np.asarray(Image.fromarray(part).resize(size_px, Image.Resampling.LANCZOS)) for part in parts)
-    shown = share > 0.5  # noqa: PLR2004 - what is known for the greater part
-    position = np.clip(sums / np.where(shown, share, 1) / full, 0, 1)
-    colours = np.asarray(colormaps[_RESIDUAL_COLOUR_MAP](position, bytes=True))[..., :3]
-    y, x = np.indices(shown.shape)
-    return np.where(shown[..., None], colours, _HATCH[(x + y) // _HATCH_PX % 2])
-
-
 def _draw_legend(page: Page, top_px: int, layout: _Layout, tile_mpp: float) -> None:
-    """A scale bar below the first tile, and a colour bar below the first residual map."""
+    """A scale bar below the first tile, and a colour bar below the first map."""
     page_mpp = tile_mpp / layout.magnification
     length_um = round_length(_PANEL_PX / 2 * page_mpp)
     page.fill(_MARGIN_PX, top_px + 4, round(length_um / page_mpp), 4, INK)
     page.write(_MARGIN_PX, top_px + 28, f"{length_um:g} µm", _SMALL)
-    if layout.residual_steps:
-        _draw_colour_bar(page, _MARGIN_PX + 2 * (_PANEL_PX + _GAP_PX), top_px, layout)
-
-
-def _draw_colour_bar(page: Page, left_px: int, top_px: int, layout: _Layout) -> None:
-    """As wide as a map, with a figure at each step; the last one stands for all above too."""
-    ramp = np.linspace(0, layout.full_residual, _PANEL_PX, dtype=np.float32)[None]
-    size_px = (_PANEL_PX, _COLOUR_BAR_PX)
-    page.show(left_px, top_px, _residual_picture(ramp, size_px, layout.full_residual), size_px=size_px)
-    for i in range(layout.residual_steps):
-        x_px = left_px + round(i * _PANEL_PX / layout.residual_steps)
-        figure = f"{i * layout.residual_step:g}"
-        page.write(x_px, top_px + 28, figure, _SMALL, align="center" if i else "left")
-    page.write(left_px + _PANEL_PX, top_px + 28, f"≥ {layout.full_residual:g}", _SMALL, align="right")
+    if layout.scale:
+        left_px = _MARGIN_PX + len(layout.beside) * (_PANEL_PX + _GAP_PX)
+        draw_colour_bar(page, left_px, top_px, layout.scale, width_px=_PANEL_PX, lettering=_SMALL)
 
 
 def _figure(value: float, form: str) -> str:

@@ -5,10 +5,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Bool
+from jaxtyping import Bool, Float32
 
 from wsi_anomaly.errors import ModelError
-from wsi_anomaly.imaging.zscore import describe
+from wsi_anomaly.imaging.zscore import ScoreReference, describe
 from wsi_anomaly.storage.layout import SlideFolder
 from wsi_anomaly.storage.record import read_record
 from wsi_anomaly.storage.reference import Reference, Source
@@ -49,10 +49,15 @@ def calibrate(selections: Sequence[Selection], source: Source) -> Reference:
             "tissue may get high z-scores. Add normal slides.",
             len(table),
         )
+    described = {name: _described(name, column) for name, column in zip(columns, table.T, strict=True)}
+    return Reference(source=source, slides=len(selections), scores=described)
+
+
+def _described(name: str, scores: Float32[np.ndarray, " tile"]) -> ScoreReference:
     try:
-        described = {name: describe(column) for name, column in zip(columns, table.T, strict=True)}
+        return describe(scores)
     except ValueError as error:
         raise ModelError(
-            f"no reference can be made of {error}: z-scores need at least two tiles that differ. Add normal slides."
+            f"the score '{name}' has no reference: {error}, and z-scores need at least two tiles that differ. Look at "
+            "overview.png of the normal slides whether their tiles show tissue, and add normal slides."
         ) from error
-    return Reference(source=source, slides=len(selections), scores=described)

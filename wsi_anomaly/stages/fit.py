@@ -118,6 +118,7 @@ def fit_detector(
     if done := current_record(run.root, recipe):
         return done
     source = TrainingTiles(split.train, seed=seed, prompted=prompted)
+    _require_structure(TrainingTiles(split.train, seed=seed))
     log.info("fitting on %d tiles of %d slides", len(source), len(split.train))
     with writing(run.root, recipe, resume=True) as work:
         detector.fit(source, work.folder / run.detector.name, device=device)
@@ -146,10 +147,14 @@ class TrainingTiles:
     def groups(self) -> Int64[np.ndarray, " tile"]:
         """Slides, or blocks of slides where there are too few slides to hold whole ones out."""
         blocks = [_blocks(store, 4)[tiles] for store, tiles in zip(self._stores, self._tiles, strict=True)]
-        slides = np.repeat(np.arange(len(blocks)), np.diff(self._starts))
         if len(blocks) >= _ENOUGH_SLIDES:
-            return slides
-        return np.unique(np.column_stack([slides, np.concatenate(blocks)]), axis=0, return_inverse=True)[1]
+            return self.slides
+        return np.unique(np.column_stack([self.slides, np.concatenate(blocks)]), axis=0, return_inverse=True)[1]
+
+    @property
+    def slides(self) -> Int64[np.ndarray, " tile"]:
+        """By number, in the order of the parts."""
+        return np.repeat(np.arange(len(self._stores)), np.diff(self._starts))
 
     def read(self, indices: Int64[np.ndarray, " tile"]) -> TileBatch:
         """The tiles at these positions, in this order."""
@@ -183,6 +188,24 @@ def _joined(
 
 
 _ENOUGH_SLIDES = 5
+_LOOKED_AT = 64
+_LEAST_RANGE = 3  # of 256 intensities
+
+
+def _require_structure(tiles: TrainingTiles) -> None:
+    """Refuse tiles of one colour before a detector learns from them for days; looks at some of all slides.
+
+    Raises:
+        CohortError: not one of those looked at shows anything.
+    """
+    if not len(tiles):
+        return  # the detector says how many it needs
+    seen = tiles.read(np.unique(np.linspace(0, len(tiles) - 1, _LOOKED_AT).astype(np.int64))).pixels
+    if np.ptp(seen.reshape(len(seen), -1, 3), axis=1).max() < _LEAST_RANGE:
+        raise CohortError(
+            f"the normal tiles show nothing: each of the {len(seen)} looked at is of one colour. Look at overview.png "
+            "of the slides, at their masks and at the [tissue] options."
+        )
 
 
 def _whole(folder: SlideFolder) -> Part:

@@ -10,20 +10,21 @@ from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
-from jaxtyping import Bool, Float32, Int64, UInt8
+from jaxtyping import Bool, Int64, UInt8
 from pydantic import Field
 
-from wsi_anomaly.detectors.protocol import Accountable, Localizer, Reconstructor, Scorer, TileBatch
-from wsi_anomaly.errors import ModelError, OptionsError
+from wsi_anomaly.detectors.abilities import require_abilities
+from wsi_anomaly.detectors.protocol import Accountable, Localizer, Reconstructor, Scorer, TileBatch, Vectorial
+from wsi_anomaly.errors import ModelError
 from wsi_anomaly.execution import Progress, read_ahead, report
 from wsi_anomaly.options import Options
 from wsi_anomaly.storage.descriptions import Descriptions, description_digests
 from wsi_anomaly.storage.layout import SlideFolder
 from wsi_anomaly.storage.record import Recipe, Record, current_record, read_record, writing
-from wsi_anomaly.storage.scores import ScoreStatus, ScoreWriter
+from wsi_anomaly.storage.scores import ScoreStatus, ScoreWriter, TileOutputs
 from wsi_anomaly.storage.tiles import TileStore
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 
 _Batch = tuple[Bool[np.ndarray, " tile"], TileBatch]
 """Which tiles are readable, and those."""
@@ -193,7 +194,7 @@ class _Scoring:
         store = self.source.store
         _check_tiles(store, detector, folder.slide_id)
         scorer, score_names = detector.load()
-        _check_abilities(scorer, detector.name, options)
+        require_abilities(scorer, detector.name, maps=options.keep_maps, reconstructions=options.keep_reconstructions)
         with writing(folder.root, recipe) as work:
             writer = ScoreWriter(
                 work.folder / folder.scores.name,
@@ -205,7 +206,7 @@ class _Scoring:
             )
             with writer:
                 while (given := (yield)) is not None:
-                    writer.append(given[0], *_outputs(scorer, given[1], options, len(score_names)))
+                    writer.append(given[0], _outputs(scorer, given[1], options, len(score_names)))
                 _keep_worst(writer, self.source, scorer, options.worst, batch_size)
             work.facts.update(_counts(folder.slide_id, writer, int(store.readable.sum())))
 
@@ -263,22 +264,18 @@ def _counts(slide_id: str, writer: ScoreWriter, readable: int) -> dict[str, int]
     return {"scored": readable - failed, "failed": failed}
 
 
-def _outputs(
-    scorer: Scorer, batch: TileBatch, options: ScoreOptions, score_count: int
-) -> tuple[
-    Float32[np.ndarray, "tile score"],
-    Float32[np.ndarray, "tile y x"] | None,
-    UInt8[np.ndarray, "tile y x rgb"] | None,
-]:
-    """Scores, and maps and reconstructions where they are to be kept."""
-    if not len(batch):
-        return np.empty((0, score_count), np.float32), None, None
-    maps = reconstructions = None
-    if options.keep_maps != "none" and isinstance(scorer, Localizer):
+def _outputs(scorer: Scorer, batch: TileBatch, options: ScoreOptions, score_count: int) -> TileOutputs:
+    """Scores, with vectors where they have some, and maps and reconstructions where they are to be kept."""
+    vectors = maps = reconstructions = None
+    if isinstance(scorer, Vectorial):  # of no tiles too: how long are they?
+        scores, vectors = scorer.scores_and_vectors(batch)
+    else:
+        scores = scorer.score(batch) if len(batch) else np.empty((0, score_count), np.float32)
+    if len(batch) and options.keep_maps != "none" and isinstance(scorer, Localizer):
         maps = scorer.score_map(batch)
-    if options.keep_reconstructions == "all" and isinstance(scorer, Reconstructor):
+    if len(batch) and options.keep_reconstructions == "all" and isinstance(scorer, Reconstructor):
         reconstructions = scorer.reconstruct(batch)
-    return scorer.score(batch), maps, reconstructions
+    return TileOutputs(scores, vectors, maps, reconstructions)
 
 
 def _check_tiles(store: TileStore, detector: FittedDetector, slide_id: str) -> None:
@@ -290,10 +287,3 @@ def _check_tiles(store: TileStore, detector: FittedDetector, slide_id: str) -> N
             f"{wanted[1]} µm/px. Tile again with the model's own pipeline: wsi-anomaly tile --pipeline "
             "MODEL/pipeline.toml, or let 'wsi-anomaly run --model MODEL' do all stages."
         )
-
-
-def _check_abilities(scorer: Scorer, name: str, options: ScoreOptions) -> None:
-    if options.keep_maps != "none" and not isinstance(scorer, Localizer):
-        raise OptionsError(f"the detector '{name}' makes no per-pixel maps. Leave out --keep-maps.")
-    if options.keep_reconstructions != "none" and not isinstance(scorer, Reconstructor):
-        raise OptionsError(f"the detector '{name}' makes no reconstructions. Leave out --keep-reconstructions.")

@@ -1,6 +1,7 @@
 """Score stores: what a detector says of each tile of a slide, in the order of the tile store."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path
 from typing import Any
@@ -23,8 +24,22 @@ class ScoreStatus(IntEnum):
     """The detector found no number for it."""
 
 
+@dataclass(frozen=True, slots=True)
+class TileOutputs:
+    """What a detector says of some tiles; None: it does not, or that is not kept."""
+
+    scores: Float32[np.ndarray, "tile score"]
+    vectors: Float32[np.ndarray, "tile value"] | None = None
+    """What scores are made of; where some batches have them, all have, be it of no tiles."""
+    maps: Float32[np.ndarray, "tile y x"] | None = None
+    reconstructions: UInt8[np.ndarray, "tile y x rgb"] | None = None
+
+
 class ScoreWriter:
-    """Fills a new store batch by batch. Tiles without pixels get NaN scores, NaN maps and black reconstructions."""
+    """Fills a new store batch by batch. Tiles without pixels get NaN scores, NaN maps and black reconstructions.
+
+    Vectors are NaN wherever there is no score.
+    """
 
     def __init__(
         self,
@@ -38,6 +53,7 @@ class ScoreWriter:
     ) -> None:
         self._group = zarr.create_group(path, attributes=dict(attributes))
         self._scores: list[Float32[np.ndarray, "tile score"]] = []
+        self._vectors: list[Float32[np.ndarray, "tile value"]] = []
         self._readable: list[Bool[np.ndarray, " tile"]] = []
         side = (tile_px, tile_px)
         self._maps = ShardedArray(self._group, "maps", (tiles, *side), "float16") if maps else None
@@ -46,20 +62,17 @@ class ScoreWriter:
         )
         self.tiles_done = 0
 
-    def append(
-        self,
-        readable: Bool[np.ndarray, " tile"],
-        scores: Float32[np.ndarray, "readable score"],
-        maps: Float32[np.ndarray, "readable y x"] | None,
-        reconstructions: UInt8[np.ndarray, "readable y x rgb"] | None,
-    ) -> None:
-        """The next `len(readable)` tiles; the other arrays hold only those that are readable."""
-        self._scores.append(_spread(scores, readable, np.nan))
+    def append(self, readable: Bool[np.ndarray, " tile"], outputs: TileOutputs) -> None:
+        """The next `len(readable)` tiles; `outputs` are only of those that are readable."""
+        self._scores.append(_spread(outputs.scores, readable, np.nan))
         self._readable.append(readable)
+        if outputs.vectors is not None:
+            scored = np.isfinite(outputs.scores).all(axis=1, keepdims=True)
+            self._vectors.append(_spread(np.where(scored, outputs.vectors, np.float32(np.nan)), readable, np.nan))
         if self._maps is not None:
-            self._maps.append(_spread_or_fill(self._maps, maps, readable, np.nan))
-        if self._reconstructions is not None and reconstructions is not None:
-            self._reconstructions.append(_spread_or_fill(self._reconstructions, reconstructions, readable, 0))
+            self._maps.append(_spread_or_fill(self._maps, outputs.maps, readable, np.nan))
+        if self._reconstructions is not None and outputs.reconstructions is not None:
+            self._reconstructions.append(_spread_or_fill(self._reconstructions, outputs.reconstructions, readable, 0))
         self.tiles_done += len(readable)
 
     @property
@@ -90,11 +103,23 @@ class ScoreWriter:
         if kind is None:
             self._group.create_array("scores", data=self.scores, compressors=COMPRESSOR)
             self._group.create_array("status", data=self.status, compressors=COMPRESSOR)
+            if self._vectors:
+                self._group.create_array("vectors", data=np.concatenate(self._vectors), compressors=COMPRESSOR)
 
 
 def read_scores(path: Path) -> tuple[Float32[np.ndarray, "tile score"], tuple[str, ...]]:
     """The scores of a slide, NaN for unreadable tiles, and their names."""
     return read_array(path, "scores"), tuple(open_arrays(path).attrs["score_names"])  # type: ignore[arg-type]
+
+
+def has_vectors(path: Path) -> bool:
+    """Whether it was kept what the scores of a slide are made of."""
+    return "vectors" in open_arrays(path)
+
+
+def read_vectors(path: Path) -> Float32[np.ndarray, "tile value"]:
+    """What the scores of a slide are made of, where that was kept; NaN where there is no score."""
+    return read_array(path, "vectors")
 
 
 def _spread_or_fill(

@@ -75,7 +75,15 @@ def test_a_description_of_no_network_is_refused(spoilt: dict[str, Any]) -> None:
     [
         ({"attention_levels": [6]}, r"attention_levels.*there are levels 0 to 5"),
         ({"attention_levels": [-1]}, r"attention_levels.*there are levels 0 to 5"),
-        ({"head_channels": 96}, r"head_channels.*does not divide the 512 channels"),
+        ({"head_channels": 96}, r"head_channels.*does not divide the 512 channels of the middle, .* 512 divides all"),
+        (
+            {"channels": [8, 8], "attention_levels": [], "norm_groups": 4, "head_channels": 64},
+            r"head_channels' = 64: does not divide the 8 channels of the middle, where attention always is; 8 divides",
+        ),
+        (
+            {"channels": [12, 8], "attention_levels": [0], "norm_groups": 4, "head_channels": 8},
+            r"the 12 channels of a level with attention; 4 divides all",
+        ),
         ({"norm_groups": 48}, r"norm_groups.*does not divide the 128 channels"),
         ({"channels": []}, "channels"),
     ],

@@ -251,3 +251,9 @@ def test_of_a_repository_only_the_needed_files_are_fetched(flat: Path, monkeypat
     with pytest.raises(ModelError, match=f"{REPOSITORY}: its network is a UNet2DConditionModel"):
         load_pixel_base(REPOSITORY, offline=False)
     assert patterns & set(names) == tables
+
+
+def test_a_base_that_comes_with_the_package_is_looked_at_and_said_to_be_no_pixel_base() -> None:
+    """It is found where it lies, and not looked for on the hub."""
+    with pytest.raises(ModelError, match=r"shipped:lymph-node-small/base: is a StableDiff.*Needed is a DDPM"):
+        load_pixel_base("shipped:lymph-node-small/base", offline=True)

@@ -16,8 +16,7 @@ from safetensors.torch import load_file, save_file
 from wsi_anomaly.detectors.anoddpm import AnoDdpm
 from wsi_anomaly.detectors.anopilad import AnoPilad
 from wsi_anomaly.detectors.diffusion.pixel import NetworkSizes
-from wsi_anomaly.detectors.protocol import TileBatch
-from wsi_anomaly.detectors.score_norms import Vectorial
+from wsi_anomaly.detectors.protocol import TileBatch, Vectorial
 from wsi_anomaly.errors import CohortError, ModelError, OptionsError
 from wsi_anomaly.options import parse_options
 from wsi_anomaly.testing import TilesInMemory, batch_of, odd_tiles, smooth_tiles
@@ -122,7 +121,7 @@ def test_a_fit_without_it_leaves_the_same_files_but_its_own(latent_checkpoint: P
 
 
 def test_a_vector_is_the_norm_of_the_noise_that_each_call_sees(latent_checkpoint: Path, tiny_base: Path) -> None:
-    """Of the guided one; a tile has the same alone."""
+    """Of the guided one, asked for once with scores and vectors together; a tile has the same alone."""
     scorer = latent(tiny_base, guidance=3).load(latent_checkpoint, device="cpu")
     assert isinstance(scorer, Vectorial)
     network, seen = scorer.restorer.network, []
@@ -134,12 +133,19 @@ def test_a_vector_is_the_norm_of_the_noise_that_each_call_sees(latent_checkpoint
 
     network.noise = noise
     batch = batch_of(smooth_tiles(8, 64, seed=2))
-    vectors = scorer.vectors(batch)
+    scores, vectors = scorer.scores_and_vectors(batch)
+    assert len(seen) == 7
+    assert np.array_equal(scores, scorer.score(batch))
     assert vectors.shape == (8, 7)
     wanted = torch.stack([given.flatten(1).norm(dim=1) for given in seen], dim=1)
     np.testing.assert_allclose(vectors, wanted.numpy(), rtol=1e-5)
     alone = batch_of(batch.pixels[3:4], seeds=batch.seeds[3:4])
-    assert np.array_equal(scorer.vectors(alone), vectors[3:4])
+    assert np.array_equal(scorer.scores_and_vectors(alone)[1], vectors[3:4])
+
+
+def test_without_it_there_are_no_vectors(latent_checkpoint: Path, tiny_base: Path) -> None:
+    """No score comes from them."""
+    assert not isinstance(latent(tiny_base, "mse_latent", guidance=3).load(latent_checkpoint, device="cpu"), Vectorial)
 
 
 def test_several_starts_have_a_density_each(tmp_path: Path) -> None:
@@ -153,7 +159,7 @@ def test_several_starts_have_a_density_each(tmp_path: Path) -> None:
         columns.append(alone.load(tmp_path / str(start), device="cpu").score(batch))
     several.fit(normal_tiles(), tmp_path / "both", device="cpu")
     scorer = several.load(tmp_path / "both", device="cpu")
-    assert scorer.vectors(batch).shape == (4, 4 + 2)
+    assert scorer.scores_and_vectors(batch)[1].shape == (4, 4 + 2)
     assert np.array_equal(scorer.score(batch), np.concatenate(columns, axis=1))
 
 
@@ -261,7 +267,7 @@ def test_the_density_of_another_detector_is_refused(spoilt: Path) -> None:
 def test_too_few_tiles_are_refused_before_anything_is_learnt(count: int, tiny_base: Path, tmp_path: Path) -> None:
     """With how many are needed."""
     for detector, px in ((pixel(), PX), (latent(tiny_base), 64)):
-        with pytest.raises(CohortError, match=f"from: {count}, needed: at least 8"):
+        with pytest.raises(CohortError, match=f"from: {count}, needed: at least 8. Add normal slides: better"):
             detector.fit(normal_tiles(count, px), tmp_path / "model", device="cpu")
     assert not (tmp_path / "model").exists()
 

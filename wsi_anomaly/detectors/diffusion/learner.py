@@ -87,6 +87,8 @@ class DiffusionLearner:
     """The tiles of a step as `loss` wants them, while the step before goes on in another thread; else all of them."""
     label: str = "as the model rebuilds them"
     """Over what `rebuild` makes, in the pictures."""
+    table: str = "[detector.training]"
+    """Where its training options stand in a pipeline file, for messages."""
 
 
 class TileOrder:

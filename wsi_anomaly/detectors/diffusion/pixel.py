@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import gcd
 from typing import Any
 
 import torch
@@ -48,9 +49,10 @@ class NetworkSizes(Options):
     def _makes_heads(cls, value: int, info: Any) -> int:  # noqa: ANN401 - a ValidationInfo
         channels, levels = info.data.get("channels", ()), info.data.get("attention_levels", ())
         # Attention is always in the middle too, which is as wide as the last level.
-        widths = {channels[level] for level in (*levels, -1)} if channels else set()
-        if misfits := sorted(width for width in widths if width % value):
-            raise ValueError(f"does not divide the {misfits[0]} channels of a level with attention")
+        widths = [channels[level] for level in (*levels, -1)] if channels else []
+        if misfits := [width for width in widths if width % value]:
+            where = "a level with attention" if set(misfits) - {widths[-1]} else "the middle, where attention always is"
+            raise ValueError(f"does not divide the {misfits[0]} channels of {where}; {gcd(*widths)} divides all")
         return value
 
     @field_validator("norm_groups")

@@ -13,6 +13,7 @@ from wsi_anomaly.detectors.diffusion.base_files import read_table
 from wsi_anomaly.detectors.diffusion.pixel import PixelModel
 from wsi_anomaly.errors import ModelError
 from wsi_anomaly.hub import hub_parts
+from wsi_anomaly.shipped import local_place
 
 INDEX = "model_index.json"
 LAYOUTS = (("unet", "scheduler"), (".", "."))
@@ -29,7 +30,7 @@ def load_pixel_base(base: str, *, offline: bool) -> tuple[PixelModel, str]:
     Raises:
         ModelError: the base is of another family, incomplete, damaged, gated, or cannot be had.
     """
-    folder = Path(base).expanduser()
+    folder = local_place(base)
     if folder.is_file():
         raise ModelError(f"{base}: is a single file, not a folder as diffusers saves a DDPM. {_NEEDED}")
     if not folder.is_dir():

@@ -4,7 +4,7 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ from wsi_anomaly.detectors.diffusion.restoring import Images, Restorer
 from wsi_anomaly.detectors.diffusion.walk_norms import surprise, vectors
 from wsi_anomaly.detectors.perceptual import Lpips
 from wsi_anomaly.detectors.protocol import Perception, TileBatch
-from wsi_anomaly.detectors.residuals import ms_ssim, mse, squared_error_map
+from wsi_anomaly.detectors.residuals import SQUARED_ERROR, ms_ssim, mse, squared_error_map
 from wsi_anomaly.devices import to_pixels, to_tensor
 
 ScoreName = Literal["mse_latent", "mse_pixel", "ms_ssim", "lpips", "embedding", "keyword_shift", "msma"]
@@ -50,6 +50,7 @@ class DiffusionScorer:
     """For the scores of `SEEN`."""
     densities: tuple[Density, ...] = ()
     """For the score `msma`: one for each starting timestep."""
+    map_meaning: ClassVar[str] = f"{SQUARED_ERROR} and starting timesteps"
 
     @property
     def facts(self) -> Mapping[str, Any]:
@@ -91,10 +92,6 @@ class DiffusionScorer:
         """Each tile as it comes back from the first of the starting timesteps."""
         return _Comparison(self, batch, 0).pixels
 
-    def vectors(self, batch: TileBatch) -> Float32[np.ndarray, "tile call"]:
-        """The norm of the noise that the network sees in each tile at each call, walk after walk."""
-        return vectors(self.restorer, batch)
-
     def _score(self, name: ScoreName, compared: "_Comparison") -> Float32[np.ndarray, " tile"]:
         if name == "mse_latent":
             return self.restorer.in_portions(mse, compared.restored.before, compared.after)
@@ -114,6 +111,23 @@ class DiffusionScorer:
     def decoded(self, latents: torch.Tensor) -> Images:
         """Latents as intensities in [0, 1]."""
         return self.restorer.network.decode(latents).float().clamp(0, 1)
+
+
+class NormScorer(DiffusionScorer):
+    """One that judges how much noise the network sees on the way, among others."""
+
+    def scores_and_vectors(
+        self, batch: TileBatch
+    ) -> tuple[Float32[np.ndarray, "tile score"], Float32[np.ndarray, "tile call"]]:
+        """With the norm of the noise that the network sees in each tile at each call, walk after walk."""
+        return self.score(batch), vectors(self.restorer, batch)
+
+
+def judging(scorer: DiffusionScorer, densities: tuple[Density, ...]) -> DiffusionScorer:
+    """The same with what the score `msma` needs, where there is some."""
+    if not densities:
+        return scorer
+    return NormScorer(scorer.restorer, scorer.scores, scorer.lpips, scorer.perception, densities)
 
 
 class _Comparison:

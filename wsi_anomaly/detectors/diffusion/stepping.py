@@ -35,7 +35,7 @@ class Stepper:
     def __init__(self, learner: DiffusionLearner, options: DiffusionTrainingOptions, accelerator: Accelerator) -> None:
         self._learner, self._accelerator, self._max_grad_norm = learner, accelerator, options.max_grad_norm
         if options.gradient_checkpointing:
-            _remember_less(learner.network)
+            _remember_less(learner.network, learner.table)
         network = accelerator.prepare_model(learner.network)
         self._named = {name: parameter for name, parameter in network.named_parameters() if parameter.requires_grad}
         # A list: the norm of gradients is taken anew at each step, and a generator would be used up by the first.
@@ -170,11 +170,11 @@ def _learning_rate(optimizer: torch.optim.Optimizer, options: DiffusionTrainingO
     return ConstantLR(optimizer, factor=1)
 
 
-def _remember_less(network: torch.nn.Module) -> None:
+def _remember_less(network: torch.nn.Module, table: str) -> None:
     if not isinstance(network, ModelMixin) or not network._supports_gradient_checkpointing:  # noqa: SLF001
         raise OptionsError(
             f"gradient_checkpointing: a {type(network).__name__} cannot do without what it remembers. Leave the option "
-            "out under [detector.training] of the pipeline file."
+            f"out under {table} of the pipeline file."
         )
     network.enable_gradient_checkpointing()
 

@@ -61,7 +61,7 @@ def train_steps(
         try:
             fit.run(Stepper(learner, options, accelerator), place)
         except torch.OutOfMemoryError as error:
-            raise OptionsError(_too_little_memory(options)) from error
+            raise OptionsError(_too_little_memory(options, learner.table)) from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +87,7 @@ class _Fit:
             for positions, batch in batches:
                 drawn = draws(len(losses), options.batch_size, timesteps=self.learner.timesteps, seed=options.seed)
                 losses.append(stepper.step(batch, positions, drawn))
-                _require_finite(losses, options)
+                _require_finite(losses, options, self.learner.table)
                 pace.tell(losses)
                 if len(losses) % options.save_every == 0 or len(losses) == options.steps:
                     self._save(stepper, losses)
@@ -158,21 +158,21 @@ def _evenly(count: int, most: int) -> Int64[np.ndarray, " tile"]:
     return np.unique(np.linspace(0, count - 1, most).round().astype(np.int64))
 
 
-def _require_finite(losses: list[float], options: DiffusionTrainingOptions) -> None:
+def _require_finite(losses: list[float], options: DiffusionTrainingOptions, table: str) -> None:
     last = losses[-min(_MOST_FAILED_STEPS, options.steps) :]
     if len(last) < min(_MOST_FAILED_STEPS, options.steps) or np.isfinite(last).any():
         return
     remedy = "Lower learning_rate" if options.precision == "fp32" else 'Set precision = "fp32", or lower learning_rate'
     raise ModelError(
         f"training failed: the loss has been {losses[-1]} for {len(last)} steps, up to step {len(losses)}. "
-        f"{remedy} (now {options.learning_rate:g}), under [detector.training] of the pipeline file."
+        f"{remedy} (now {options.learning_rate:g}), under {table} of the pipeline file."
     )
 
 
-def _too_little_memory(options: DiffusionTrainingOptions) -> str:
+def _too_little_memory(options: DiffusionTrainingOptions, table: str) -> str:
     memory = "Use smaller tiles (tile_px under [tiles]) or a GPU with more memory"
     if not options.gradient_checkpointing:
-        memory = f"Set gradient_checkpointing = true under [detector.training] of the pipeline file. Or: {memory}"
+        memory = f"Set gradient_checkpointing = true under {table} of the pipeline file. Or: {memory}"
     return f"the device has too little memory to learn from even one tile at once. {memory}, or give device 'cpu'."
 
 

@@ -66,7 +66,8 @@ class WalkNorms:
             CohortError: says how many are needed.
         """
         if self.wanted:
-            require_items(self.options.density, min(len(tiles), self.options.most_tiles))
+            most = min(len(tiles), self.options.most_tiles)
+            require_items(self.options.density, most, total=most)
 
     def fit(self, tiles: TileSource, checkpoint: Path, restorer: Callable[[], Restorer]) -> None:
         """Fit the densities to normal tiles, going on where an earlier call was interrupted; leave none if not wanted.
@@ -82,7 +83,7 @@ class WalkNorms:
         identity = fit_identity(tiles, {**facts, "most_tiles": self.options.most_tiles, "seed": self.seed})
         if is_noted(folder, identity):
             return
-        chosen = SomeTiles(tiles, even_sample(tiles.groups, self.options.most_tiles, seed=self.seed))
+        chosen = SomeTiles(tiles, even_sample(tiles.slides, self.options.most_tiles, seed=self.seed))
         walks = restorer()
 
         def seen(batch: TileBatch) -> Float32[np.ndarray, "tile walk_call"]:

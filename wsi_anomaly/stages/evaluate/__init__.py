@@ -16,6 +16,7 @@ from wsi_anomaly.stages.evaluate.protocol import Protocol, ProtocolName, choose_
 from wsi_anomaly.stages.evaluate.sanity import some_of
 from wsi_anomaly.stages.evaluate.slide_level import compare
 from wsi_anomaly.storage.arrays import read_attributes
+from wsi_anomaly.storage.cohort_values import read_cohort_values
 from wsi_anomaly.storage.layout import RunFolder
 from wsi_anomaly.storage.record import writable, write_json
 from wsi_anomaly.storage.tiles import TileStore
@@ -66,7 +67,7 @@ def evaluate(
     choices = protocol or choose_protocol()
     _require_equal_tiles(runs)
     slide_ids = list(dict.fromkeys(slide.slide_id for run in runs for slide in mapped_slides(run)))
-    truth = _truth(slide_ids, labels, annotations)
+    truth = _truth(slide_ids, labels, annotations, not_read=_cohort_columns(runs))
     evidence = {name: gather(run, truth, choices, groups or {}, mask_values) for name, run in _named(runs).items()}
     _tell(truth, evidence)
     findings = {name: measure(slides, choices) for name, slides in evidence.items()}
@@ -79,12 +80,22 @@ def evaluate(
     return evaluation
 
 
-def _truth(slide_ids: Sequence[str], labels: Path | None, annotations: Path | None) -> Matched:
+def _cohort_columns(runs: Sequence[RunFolder]) -> tuple[str, ...]:
+    """What detectors looked at in the cohort's table, which may be the table of annotations or labels too."""
+    slides = (slide for run in runs for slide in mapped_slides(run))
+    return tuple(dict.fromkeys(name for slide in slides for name in read_cohort_values(slide.cohort_values)))
+
+
+def _truth(
+    slide_ids: Sequence[str], labels: Path | None, annotations: Path | None, *, not_read: Sequence[str]
+) -> Matched:
     empty: dict[str, None] = dict.fromkeys(slide_ids)
-    found = find_annotations(annotations, slide_ids) if annotations else Matched(empty, empty, (), tuple(slide_ids))
+    found = Matched(empty, empty, (), tuple(slide_ids))
+    if annotations:
+        found = find_annotations(annotations, slide_ids, not_read=not_read)
     if labels is None:
         return found
-    table = read_slide_labels(labels)
+    table = read_slide_labels(labels, not_read=not_read)
     if not set(table) & set(slide_ids):
         raise AnnotationError(
             f"{labels.name}: none of its slide_ids ({', '.join(sorted(table)[:3])}, ...) is a slide of this run "
