@@ -68,6 +68,11 @@ class KnownTiles:
         """One a tile."""
         return np.arange(len(self.batch))
 
+    @property
+    def slides(self) -> np.ndarray:
+        """As if each tile were of another: nobody says which is of which."""
+        return self.groups
+
     def __len__(self) -> int:
         return len(self.batch)
 

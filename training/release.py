@@ -84,6 +84,11 @@ class NormalTiles:
         """Shards."""
         return self.tiles.groups[self.chosen]
 
+    @property
+    def slides(self) -> Int64[np.ndarray, " tile"]:
+        """Shards too."""
+        return self.groups
+
     def read(self, indices: Int64[np.ndarray, " tile"]) -> TileBatch:
         """The tiles at these positions, described by the image-text model."""
         batch = self.tiles.read(self.chosen[indices])

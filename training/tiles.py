@@ -96,6 +96,11 @@ class LessonTiles:
         """The number of the tile's shard: no slide is in two of them."""
         return np.repeat(np.arange(len(self._pixels)), np.diff(self._ends, prepend=0))
 
+    @property
+    def slides(self) -> Int64[np.ndarray, " tile"]:
+        """Shards too: each has tiles of many slides."""
+        return self.groups
+
     def read(self, indices: Int64[np.ndarray, " tile"]) -> TileBatch:
         """The tiles at these positions, in this order."""
         pixels = np.stack([self._pixel(int(index)) for index in indices])

@@ -246,7 +246,7 @@ def test_a_base_of_another_family_is_refused(base: Path, tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("table", "said"),
     [
-        ({"scores": ["mse_latent"]}, "there are no latents: this network works on pixels. use mse_pixel"),
+        ({"scores": ["mse_latent"]}, "there are no latents: this network works on pixels. Use mse_pixel"),
         ({"scores": []}, "scores"),
         ({"timesteps": []}, "timesteps"),
         ({"timesteps": [250, 250]}, "the same twice"),

@@ -274,7 +274,7 @@ def test_too_few_tiles_are_refused_before_anything_is_learnt(count: int, tiny_ba
 
 def test_in_painting_is_refused() -> None:
     """In known cells it asks no network."""
-    with pytest.raises(OptionsError, match=r"for msma, set restoration = \"noise\""):
+    with pytest.raises(OptionsError, match=r"For msma, set restoration = \"noise\""):
         pixel(restoration="inpaint")
 
 
