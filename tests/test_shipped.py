@@ -24,3 +24,10 @@ def test_a_part_that_does_not_ship_is_refused_by_name() -> None:
     with pytest.raises(ModelError, match=rf"shipped:breast/base.*does not come.*{DEFAULT_MODEL}"):
         local_place("shipped:breast/base")
     assert local_place(f"shipped:{DEFAULT_MODEL}/base").is_dir()
+
+
+def test_a_model_does_not_tell_where_its_maker_kept_it() -> None:
+    """Libraries write such paths into their configs."""
+    texts = [path.read_text(encoding="utf-8") for path in model_place(None).rglob("*.json")]
+    assert len(texts) > 5
+    assert not [text for text in texts if "_name_or_path" in text]

@@ -222,6 +222,7 @@ def test_two_commands_make_a_base_of_a_folder_of_tiles(tmp_path: Path) -> None:
     assert load_backbone(str(tmp_path / "base"), offline=True).downsampling == 8
     published, kept = tmp_path / "base", tmp_path / "base" / "training" / "model"
     assert all((published / name).read_bytes() == content for name, content in contents(kept).items())
+    assert str(tmp_path) not in "".join(path.read_text() for path in published.glob("*/config.json"))
 
 
 def test_the_command_says_what_is_wrong_without_a_traceback(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """The parts of a Stable Diffusion base, loaded from files on this machine and frozen. Samples and trains nothing."""
 
+import json
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -99,6 +100,10 @@ def write_backbone(backbone: Backbone, folder: Path) -> None:
     )
     with quiet_libraries():
         pipeline.save_pretrained(folder)
+    for path in folder.glob("*/config.json"):  # where the parts came from is nobody's business, and not what they are
+        table = json.loads(path.read_text(encoding="utf-8"))
+        if table.pop("_name_or_path", None) is not None:
+            path.write_text(json.dumps(table, indent=2) + "\n", encoding="utf-8")
 
 
 def encode(vae: AutoencoderKL, pixels: Images) -> Latents:
