@@ -44,7 +44,8 @@ class SpatialMsma(Options):
 
     map: MapName = "flow"
     """"flow": a conditional flow judges each place, and the score is the mean. "gradcam": a mixture of Gaussians judges
-    whole tiles, as in MSMA, and Grad-CAM shows what in the network's middle raises the score."""
+    whole tiles, as in MSMA, and Grad-CAM shows what in the network's middle raises the score. The maps of the flow are
+    a little higher at the border of a tile, beyond which the network sees zeros; Grad-CAM points weakly."""
     ncsn: NcsnOptions = NcsnOptions()
     kernel_px: PositiveInt = 3
     """Of the square whose norm stands for its middle."""

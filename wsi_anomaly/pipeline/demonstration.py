@@ -51,4 +51,4 @@ def demonstrate(out: Path, *, resources: Resources, listener: Listener) -> Demon
 
 
 _SIZE_PX = 3072, 3072
-"""Seventy tiles of tissue a slide: two minutes on two cores for all three."""
+"""Seventy tiles of tissue a slide: a few minutes on two cores for all three."""
