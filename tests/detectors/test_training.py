@@ -2,6 +2,8 @@
 
 import json
 import logging
+import platform
+import resource
 from collections.abc import Callable
 from itertools import chain
 from pathlib import Path
@@ -248,6 +250,17 @@ def test_a_device_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) 
         resolve_device("cuda")
     with pytest.raises(OptionsError, match="device 'tpu' is not known"):
         resolve_device("tpu")
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
+def test_freed_memory_is_used_again() -> None:
+    """After a few times without asking the system, which would fault in each page of these 64 MB anew."""
+    resolve_device("cpu")
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(40):
+        torch.zeros(2**24)
+    faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+    assert faults < 10 * 2**26 / resource.getpagesize()
 
 
 def test_pixels_survive_the_way_to_the_device_and_back() -> None:

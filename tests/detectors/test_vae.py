@@ -10,19 +10,20 @@ import imagecodecs
 import numpy as np
 import pytest
 import torch
+from torch.nn import functional
 
+from wsi_anomaly.detectors import vae_readout, vae_scores
 from wsi_anomaly.detectors.autoencoder import Autoencoder
 from wsi_anomaly.detectors.diffusion.noise import tile_noise
 from wsi_anomaly.detectors.training import TrainingOptions
 from wsi_anomaly.detectors.vae import Vae, VaeScorer, VaeTraining, random_crops, whole_crops
 from wsi_anomaly.detectors.vae_network import (
     LOGITS_AT_ONCE_BYTES,
-    Readout,
     VaeNetwork,
     evidence,
-    windows_of,
     with_replaced_values,
 )
+from wsi_anomaly.detectors.vae_readout import Readout
 from wsi_anomaly.detectors.vae_scores import RegretOptions, adapted, compressed_bits, unlikeliness
 from wsi_anomaly.errors import CohortError, ModelError, OptionsError
 from wsi_anomaly.options import parse_options
@@ -134,9 +135,37 @@ def test_slopes_without_logits_are_those_of_the_likelihood() -> None:
     crops = torch.from_numpy(odd_tiles(3, 16, seed=1))
     latents = torch.randn(3, 3, generator=generator).requires_grad_()
     (expected,) = torch.autograd.grad(-network.log_likelihoods(latents, crops).sum(), latents)
-    windows = windows_of(network.hidden(latents))
-    (found,) = torch.autograd.grad(windows, latents, Readout(network.values, crops).slopes(windows.detach()))
+    hidden, readout = network.hidden(latents), Readout(network.values)
+    slopes = readout.slopes(hidden.detach()) - readout.seen(crops)
+    (found,) = torch.autograd.grad(hidden, latents, slopes)
     assert torch.allclose(found, expected, rtol=1e-4, atol=1e-5 * expected.abs().max().item())
+    likelihoods = readout.log_likelihoods(hidden.detach(), crops)
+    assert likelihoods.tolist() == pytest.approx(network.log_likelihoods(latents, crops).tolist(), rel=1e-6)
+
+
+def test_crops_are_read_out_in_parts_and_encoders_fitted_in_groups(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However few of them fit: each crop finds its own result again."""
+    network = VaeNetwork(8, 2, 3, generator=torch.Generator().manual_seed(0)).eval().requires_grad_(requires_grad=False)
+    crops, options = torch.from_numpy(odd_tiles(5, 8, seed=1)), RegretOptions(steps=2)
+    draws = draws_of(crops, 2, latents=3)
+
+    def found() -> tuple[torch.Tensor, ...]:
+        after = adapted(network, crops, draws, options)
+        return *after, unlikeliness(network, after, draws, crops)
+
+    together, logits = found(), 4 * 256 * 4 * 4
+    monkeypatch.setitem(vae_readout.LOGITS_AT_ONCE_BYTES, "cpu", 2 * logits)
+    monkeypatch.setitem(vae_scores.COPIES_AT_ONCE_BYTES, "cpu", 1)
+    held, cross_entropy = set(), functional.cross_entropy
+
+    def watched(values: torch.Tensor, *others: torch.Tensor, **options: str) -> torch.Tensor:
+        held.add(values.nbytes)
+        return cross_entropy(values, *others, **options)
+
+    monkeypatch.setattr(functional, "cross_entropy", watched)
+    for before, after in zip(together, found(), strict=True):
+        assert after.flatten().tolist() == pytest.approx(before.flatten().tolist(), rel=1e-4, abs=1e-6)
+    assert held == {logits, 2 * logits}
 
 
 def test_encoders_fitted_together_are_those_fitted_one_by_one(scorer: VaeScorer, crops: torch.Tensor) -> None:

@@ -6,12 +6,11 @@ Out-of-Distribution Detection Score For Variational Auto-encoder" (NeurIPS 2020)
 
 from collections.abc import Iterator
 from itertools import pairwise
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Float64, UInt8
 from torch import nn
-from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from wsi_anomaly.devices import intensities
@@ -26,7 +25,6 @@ SMALLEST_CROP_PX = 8
 Crops = UInt8[torch.Tensor, "crop y x rgb"]
 Latents = Float[torch.Tensor, "crop latent"]
 Hidden = Float[torch.Tensor, "crop width half_y half_x"]
-Windows = Float[torch.Tensor, "corner place window"]
 PerCrop = Float64[torch.Tensor, " crop"]
 
 
@@ -56,7 +54,7 @@ class VaeNetwork(nn.Module):
         with torch.random.fork_rng(devices=[]):  # layers draw from the caller's random state, for nothing
             self.encoder = nn.Sequential(*_encoding(widths, latents))
             self.decoder = nn.Sequential(*_decoding(widths, latents))
-            self.values = nn.ConvTranspose2d(width, _RGB * _VALUES, kernel_size=4, stride=2, padding=1)
+            self.values = nn.ConvTranspose2d(width, RGB * VALUES, kernel_size=4, stride=2, padding=1)
         for layer in self.modules():
             if isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d)):
                 nn.init.normal_(layer.weight, 0, 0.02, generator=generator)
@@ -74,9 +72,9 @@ class VaeNetwork(nn.Module):
         In pieces of `LOGITS_AT_ONCE_BYTES`; where there are several, they are computed again for their gradients.
         """
         hidden = self.hidden(latents)
-        most = max(1, LOGITS_AT_ONCE_BYTES[crops.device.type] // (4 * _VALUES * crops[0].numel()))
+        most = max(1, LOGITS_AT_ONCE_BYTES[crops.device.type] // (4 * VALUES * crops[0].numel()))
         pieces = list(zip(torch.split(hidden, most), torch.split(crops, most), strict=True))
-        if len(pieces) == 1 or not torch.is_grad_enabled():
+        if len(pieces) == 1:
             return torch.cat([self._log_likelihoods(*piece) for piece in pieces])
         return torch.cat(
             [
@@ -92,44 +90,8 @@ class VaeNetwork(nn.Module):
     def _log_likelihoods(self, hidden: Hidden, crops: Crops) -> PerCrop:
         """In nats, summed as float64: of forty thousand nats, float32 leaves two decimals."""
         # Values last, as they lie in memory: a softmax across memory takes three times as long.
-        logits = self.values(hidden).permute(0, 2, 3, 1).unflatten(3, (_RGB, _VALUES))
+        logits = self.values(hidden).permute(0, 2, 3, 1).unflatten(3, (RGB, VALUES))
         return logits.log_softmax(4).gather(4, crops.long()[..., None]).sum(dim=(1, 2, 3, 4), dtype=torch.float64)
-
-
-class Readout:
-    """How a network that learns no more makes crops likely: the slopes of their likelihoods, without the likelihoods.
-
-    Two by two output pixels, the "corners", lie over each hidden place, and each is made of a window of two by two
-    hidden places around it. A value's logit is the product of this window with a key. The slope of the log-sum-exp of
-    such products is what attention gives whose values are its keys; PyTorch's kernels never hold all logits for that.
-    """
-
-    def __init__(self, values: nn.ConvTranspose2d, crops: Crops) -> None:
-        # Windows lie over the kernel the other way round, and the corners take turns in it.
-        kernel = values.weight.detach().flip(2, 3).reshape(-1, _RGB, _VALUES, 2, 2, 2, 2)
-        self.keys = kernel.permute(4, 6, 1, 2, 0, 3, 5).reshape(4, _RGB, _VALUES, -1)
-        bias = cast("torch.Tensor", values.bias).detach()
-        self.bias = bias.view(_RGB, 1, _VALUES).expand(4, -1, -1, -1)
-        side = crops.shape[1] // 2
-        seen = crops.long().view(-1, side, 2, side, 2, _RGB).permute(2, 4, 5, 0, 1, 3).reshape(4, _RGB, -1)
-        corner, colour = (torch.arange(count, device=crops.device) for count in (4, _RGB))
-        self.seen_keys = self.keys[corner[:, None, None], colour[:, None], seen].sum(1)
-
-    def slopes(self, windows: Windows) -> Windows:
-        """Of the negative log-likelihood of all crops, in nats, by what `windows_of` made of their hidden values."""
-        queries = windows[:, None].expand(-1, _RGB, -1, -1)
-        expected = functional.scaled_dot_product_attention(
-            queries, self.keys, self.keys, attn_mask=self.bias, scale=1.0
-        )
-        return expected.sum(1) - self.seen_keys
-
-
-def windows_of(hidden: Hidden) -> Windows:
-    """What each output pixel is made of, by corner; the places are those of all crops, row by row."""
-    height, width = hidden.shape[2:]
-    around = functional.unfold(hidden, 2, padding=1).view(len(hidden), -1, height + 1, width + 1)
-    corners = [around[:, :, y : y + height, x : x + width] for y in (0, 1) for x in (0, 1)]
-    return torch.stack(corners).permute(0, 1, 3, 4, 2).flatten(1, 3)
 
 
 def posterior_of(encoded: Float[torch.Tensor, "crop parameter y x"]) -> Posterior:
@@ -157,11 +119,11 @@ def with_replaced_values(crops: Crops, fraction: float, generator: torch.Generat
     Detection" (NeurIPS 2019).
     """
     replaced = torch.rand(crops.shape, generator=generator) < fraction
-    return torch.where(replaced, torch.randint(_VALUES, crops.shape, generator=generator, dtype=torch.uint8), crops)
+    return torch.where(replaced, torch.randint(VALUES, crops.shape, generator=generator, dtype=torch.uint8), crops)
 
 
 def _encoding(widths: list[int], latents: int) -> Iterator[nn.Module]:
-    for before, after in pairwise((_RGB, *widths)):
+    for before, after in pairwise((RGB, *widths)):
         yield nn.Conv2d(before, after, kernel_size=4, stride=2, padding=1, bias=False)
         yield nn.BatchNorm2d(after)
         yield nn.ReLU()
@@ -178,5 +140,5 @@ def _decoding(widths: list[int], latents: int) -> Iterator[nn.Module]:
     yield nn.ReLU()
 
 
-_RGB, _VALUES = 3, 256
+RGB, VALUES = 3, 256
 _LOG_VARIANCES = -30.0, 20.0

@@ -15,9 +15,13 @@ from pydantic import Field, PositiveInt
 from torch import nn
 from torch.nn import functional
 
-from wsi_anomaly.detectors.vae_network import Crops, PerCrop, Posterior, Readout, VaeNetwork, posterior_of, windows_of
+from wsi_anomaly.detectors.vae_network import Crops, PerCrop, Posterior, VaeNetwork, posterior_of
+from wsi_anomaly.detectors.vae_readout import Readout
 from wsi_anomaly.devices import intensities
 from wsi_anomaly.options import Options
+
+COPIES_AT_ONCE_BYTES = {"cpu": 64 * 2**20, "cuda": 4 * 2**30}
+"""The weights of the encoders that are fitted side by side, but of one at least; gradients and Adam need three more."""
 
 Compression = Literal["png", "jpeg2000"]
 Draws = Float32[torch.Tensor, "crop draw latent"]
@@ -36,7 +40,8 @@ def unlikeliness(network: VaeNetwork, posterior: Posterior, draws: Draws, crops:
 
     Burda et al., "Importance Weighted Autoencoders" (ICLR 2016), eq. 8. One draw of all crops is decoded at a time.
     """
-    weights = [_log_weights(network, posterior, noise, crops) for noise in draws.unbind(1)]
+    readout = Readout(network.values)
+    weights = [_log_weights(network, readout, posterior, noise, crops) for noise in draws.unbind(1)]
     return math.log(len(weights)) - torch.stack(weights, 1).logsumexp(1)
 
 
@@ -48,21 +53,30 @@ def adapted(network: VaeNetwork, crops: Crops, draws: Draws, options: RegretOpti
     are applied as one; no weight is shared, so the sum of all losses has each copy's own gradient, and Adam, which
     treats every number alone, takes each copy's own step.
     """
+    most = max(1, COPIES_AT_ONCE_BYTES[crops.device.type] // sum(w.nbytes for w in network.encoder.parameters()))
+    groups = zip(torch.split(crops, most), torch.split(draws, most), strict=True)
+    parts = [_adapted(network, *group, options) for group in groups]
+    return Posterior(*(torch.cat(values) for values in zip(*parts, strict=True)))
+
+
+def _adapted(network: VaeNetwork, crops: Crops, draws: Draws, options: RegretOptions) -> Posterior:
     encoder, images = network.encoder, intensities(crops)
     weights = {
-        name: weight.detach().expand(len(crops), *weight.shape).clone().requires_grad_()
-        for name, weight in encoder.named_parameters()
+        name: weight.detach().contiguous().repeat(len(crops), *[1] * weight.ndim).requires_grad_()
+        for name, weight in encoder.named_parameters()  # in channels_last, gradients would be copied at each step
     }
     optimizer = torch.optim.Adam(
         list(weights.values()), options.learning_rate, weight_decay=options.weight_decay, fused=True
     )
-    readout = Readout(network.values, crops)
+    readout = Readout(network.values)
+    seen = readout.seen(crops)
     with torch.enable_grad():
         for noise in draws.unbind(1):
             optimizer.zero_grad()
             posterior = posterior_of(_encoded(encoder, weights, images))
-            windows = windows_of(network.hidden(posterior.at(noise)))
-            torch.autograd.backward((windows, posterior.divergence().sum()), (readout.slopes(windows.detach()), None))
+            hidden = network.hidden(posterior.at(noise))
+            slopes = readout.slopes(hidden.detach()) - seen
+            torch.autograd.backward((hidden, posterior.divergence().sum()), (slopes, None))
             optimizer.step()
     with torch.no_grad():
         return posterior_of(_encoded(encoder, weights, images))
@@ -78,11 +92,13 @@ def in_bits(nats: Float64[np.ndarray, " crop"]) -> Float64[np.ndarray, " crop"]:
     return nats / math.log(2)
 
 
-def _log_weights(network: VaeNetwork, posterior: Posterior, noise: torch.Tensor, crops: Crops) -> PerCrop:
+def _log_weights(
+    network: VaeNetwork, readout: Readout, posterior: Posterior, noise: torch.Tensor, crops: Crops
+) -> PerCrop:
     """One draw of each crop: log p(x|z) + log p(z) - log q(z|x), where the constants of normal densities cancel."""
     latents = posterior.at(noise)
     ratio = noise.square() + posterior.log_variance - latents.square()
-    return network.log_likelihoods(latents, crops) + ratio.sum(dim=1, dtype=torch.float64) / 2
+    return readout.log_likelihoods(network.hidden(latents), crops) + ratio.sum(dim=1, dtype=torch.float64) / 2
 
 
 def _encoded(
