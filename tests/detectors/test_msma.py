@@ -233,10 +233,10 @@ def test_a_finished_fit_is_left_as_it_is(checkpoint: Path) -> None:
 
 @pytest.mark.slow
 def test_disease_ranks_above_normal_tissue(tissue: Callable[..., np.ndarray], tmp_path: Path) -> None:
-    """After a minute of learning. Measured: fibrosis 0.87, necrosis 0.81, metastases 0.70, mucin 0.95."""
+    """After half a minute of learning. Measured: fibrosis 0.90, necrosis 0.95, metastases 0.84, mucin 0.84."""
     training = TRAINING.model_copy(
         update={
-            "steps": 200,
+            "steps": 100,
             "batch_size": 4,
             "learning_rate": 2e-3,
             "learning_rate_decay": "cosine",
@@ -245,9 +245,9 @@ def test_disease_ranks_above_normal_tissue(tissue: Callable[..., np.ndarray], tm
     )
     sizes = NcsnSizes(channels=(16, 32, 32), head_channels=32)
     small = Msma(ncsn=NcsnOptions(sizes=sizes, training=training), held_out_fraction=0.5)
-    small.fit(TilesInMemory(tissue(range(16), 10, "normal"), np.arange(160) // 10), tmp_path, device="cpu")
+    small.fit(TilesInMemory(tissue(range(10), 10, "normal"), np.arange(100) // 10), tmp_path, device="cpu")
     scorer = small.load(tmp_path, device="cpu")
-    normal = scorer.score(batch_of(tissue(range(100, 108), 5, "normal")))
-    for kind, least in (("fibrosis", 0.7), ("necrosis", 0.65), ("metastasis", 0.55), ("mucin", 0.75)):
-        scores = scorer.score(batch_of(tissue(range(100, 108), 5, kind)))
+    normal = scorer.score(batch_of(tissue(range(100, 108), 3, "normal")))
+    for kind, least in (("fibrosis", 0.8), ("necrosis", 0.8), ("metastasis", 0.7), ("mucin", 0.75)):
+        scores = scorer.score(batch_of(tissue(range(100, 108), 3, kind)))
         assert (scores > normal.T).mean() > least, kind
