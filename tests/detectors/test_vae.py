@@ -25,6 +25,7 @@ from wsi_anomaly.detectors.vae_network import (
 )
 from wsi_anomaly.detectors.vae_readout import Readout
 from wsi_anomaly.detectors.vae_scores import RegretOptions, adapted, compressed_bits, unlikeliness
+from wsi_anomaly.devices import intensities
 from wsi_anomaly.errors import CohortError, ModelError, OptionsError
 from wsi_anomaly.options import parse_options
 from wsi_anomaly.testing import DetectorContract, TilesInMemory, batch_of, odd_tiles, smooth_tiles
@@ -155,7 +156,7 @@ def test_crops_are_read_out_in_parts_and_encoders_fitted_in_groups(monkeypatch: 
 
     together, logits = found(), 4 * 256 * 4 * 4
     monkeypatch.setitem(vae_readout.LOGITS_AT_ONCE_BYTES, "cpu", 2 * logits)
-    monkeypatch.setitem(vae_scores.COPIES_AT_ONCE_BYTES, "cpu", 1)
+    monkeypatch.setitem(vae_scores.COPIES_AT_ONCE_BYTES, "cpu", 3 * sum(w.nbytes for w in network.encoder.parameters()))
     held, cross_entropy = set(), functional.cross_entropy
 
     def watched(values: torch.Tensor, *others: torch.Tensor, **options: str) -> torch.Tensor:
@@ -163,9 +164,12 @@ def test_crops_are_read_out_in_parts_and_encoders_fitted_in_groups(monkeypatch: 
         return cross_entropy(values, *others, **options)
 
     monkeypatch.setattr(functional, "cross_entropy", watched)
+    groups: list[int] = []
+    monkeypatch.setattr(vae_scores, "intensities", lambda crops: (groups.append(len(crops)), intensities(crops))[1])
     for before, after in zip(together, found(), strict=True):
         assert after.flatten().tolist() == pytest.approx(before.flatten().tolist(), rel=1e-4, abs=1e-6)
     assert held == {logits, 2 * logits}
+    assert groups == [2, 2, 1]
 
 
 def test_encoders_fitted_together_are_those_fitted_one_by_one(scorer: VaeScorer, crops: torch.Tensor) -> None:

@@ -21,7 +21,10 @@ from wsi_anomaly.devices import intensities
 from wsi_anomaly.options import Options
 
 COPIES_AT_ONCE_BYTES = {"cpu": 64 * 2**20, "cuda": 4 * 2**30}
-"""The weights of the encoders that are fitted side by side, but of one at least; gradients and Adam need three more."""
+"""The weights of encoders that are fitted side by side, but of one at least; gradients and Adam need three times more.
+
+Their number is a power of two, so that a portion is cut into equal groups: another number would round otherwise.
+"""
 
 Compression = Literal["png", "jpeg2000"]
 Draws = Float32[torch.Tensor, "crop draw latent"]
@@ -53,7 +56,8 @@ def adapted(network: VaeNetwork, crops: Crops, draws: Draws, options: RegretOpti
     are applied as one; no weight is shared, so the sum of all losses has each copy's own gradient, and Adam, which
     treats every number alone, takes each copy's own step.
     """
-    most = max(1, COPIES_AT_ONCE_BYTES[crops.device.type] // sum(w.nbytes for w in network.encoder.parameters()))
+    room = COPIES_AT_ONCE_BYTES[crops.device.type] // sum(weight.nbytes for weight in network.encoder.parameters())
+    most = 1 << (max(1, room).bit_length() - 1)
     groups = zip(torch.split(crops, most), torch.split(draws, most), strict=True)
     parts = [_adapted(network, *group, options) for group in groups]
     return Posterior(*(torch.cat(values) for values in zip(*parts, strict=True)))
