@@ -70,6 +70,7 @@ class Vae(Options):
     Plain tissue is likely whatever it is, diseased or not; only `complexity` makes up for it in part. After seconds of
     learning on made-up tissue it ranks mucin above normal tissue (AUROC 0.99) and metastases mostly (0.77), but not
     fibrosis (0.6) or necrosis (0.5). By the other three, fibrosis ranks below normal tissue (0.05 to 0.3).
+    On real lymph node, after minutes of learning, `regret` ranks tumour below normal tissue (0.30).
     """
 
     paper: ClassVar[str] = "Xiao et al., NeurIPS 2020"
