@@ -93,7 +93,7 @@ def intensities(pixels: UInt8[torch.Tensor, "tile y x rgb"]) -> Float32[torch.Te
 def _keep_freed_memory() -> None:
     """Have the C library keep what tensors leave for the next ones, up to a gibibyte.
 
-    Else it gives back and asks anew for every larger tensor, and the system zeroes each page again: a tenth of the time
+    Else it gives back and asks anew for every larger tensor, and the system zeroes each page again: a sixth of the time
     of a slide, and half of that of likelihood regret.
     """
     if platform.libc_ver()[0] == "glibc":
