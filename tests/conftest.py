@@ -22,6 +22,7 @@ from wsi_anomaly.storage.layout import RunFolder, SlideFolder
 from wsi_anomaly.storage.record import Recipe, writing
 from wsi_anomaly.storage.shards import compressed
 from wsi_anomaly.storage.tiles import TilePlaces, TileStatus, TileWriter
+from wsi_anomaly.synthetic import write_slide
 from wsi_anomaly.torchvision_shim import make_importable
 
 make_importable()  # diffusers and transformers look for torchvision
@@ -36,6 +37,15 @@ def shared_data() -> Path:
     folder = Path(__file__).parents[2] / "shared" / "data"
     if not folder.is_dir():
         pytest.skip("the real slides are not here: no folder shared/data beside the checkout")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def slides(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with two small made-up slides, `node` and `other`."""
+    folder = tmp_path_factory.mktemp("slides")
+    for seed, name in enumerate(("node", "other")):
+        write_slide(folder / f"{name}.tif", seed=seed, size_px=(768, 768))
     return folder
 
 

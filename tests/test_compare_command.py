@@ -26,7 +26,6 @@ from wsi_anomaly.storage.record import find_record
 from wsi_anomaly.storage.sharing import share_output
 from wsi_anomaly.storage.slide_table import read_slide_table
 from wsi_anomaly.storage.tiles import TileStore
-from wsi_anomaly.synthetic import write_slide
 
 PIPELINE = """
 name = "tiny"
@@ -74,15 +73,6 @@ def contents(folder: Path, *parts: str) -> dict[str, bytes]:
 def written(folder: Path) -> dict[str, int]:
     """When each finished stage of each slide was written, in ns."""
     return {str(path.relative_to(folder)): path.stat().st_mtime_ns for path in folder.glob("**/records/*.json")}
-
-
-@pytest.fixture(scope="module")
-def slides(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with two slides."""
-    folder = tmp_path_factory.mktemp("slides")
-    for seed, name in enumerate(SLIDES):
-        write_slide(folder / f"{name}.tif", seed=seed, size_px=(768, 768))
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -45,7 +45,6 @@ max_epochs = 1
 AUTOENCODER = 'name = "autoencoder"\nchannels = [{}, 8]'
 VAE = 'name = "vae"\nwidth = 4\nlatents = 4\nsamples = 1'
 RESOURCES = Resources(device="cpu", workers=1, offline=True)
-SLIDES = ("node", "other")
 
 
 def ignore(_: object) -> None:
@@ -58,15 +57,6 @@ def command(*arguments: object) -> tuple[int, str]:
     if result.exception and not isinstance(result.exception, SystemExit):
         raise result.exception
     return result.exit_code, result.output
-
-
-@pytest.fixture(scope="module")
-def slides(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with two slides."""
-    folder = tmp_path_factory.mktemp("slides")
-    for seed, name in enumerate(SLIDES):
-        write_slide(folder / f"{name}.tif", seed=seed, size_px=(768, 768))
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -3,16 +3,13 @@
 Mahmood, Oliva and Styner, "Multiscale Score Matching for Out-of-Distribution Detection" (ICLR 2021).
 """
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal
 
-import numpy as np
 import torch
-from jaxtyping import Float32
 from pydantic import Field, PositiveInt, PrivateAttr, field_validator
 
-from wsi_anomaly.detectors.density import Density, DensityName, fit_density, load_density, require_items, save_density
+from wsi_anomaly.detectors.density import DensityName, fit_density, load_density, require_items, save_density
 from wsi_anomaly.detectors.diffusion.backbone import digest, load_backbone
 from wsi_anomaly.detectors.diffusion.base_files import DEFAULT_BASE
 from wsi_anomaly.detectors.diffusion.latent import LatentDiffusion, Precision
@@ -20,7 +17,8 @@ from wsi_anomaly.detectors.diffusion.pixel import PixelDiffusion
 from wsi_anomaly.detectors.diffusion.pixel_base import load_pixel_base
 from wsi_anomaly.detectors.ncsn import NcsnOptions, fit_ncsn, load_ncsn
 from wsi_anomaly.detectors.norm_fits import SomeTiles, gathered, held_out_tiles, is_noted, read_note, write_note
-from wsi_anomaly.detectors.protocol import TileBatch, TileSource
+from wsi_anomaly.detectors.norm_scorer import NormScorer
+from wsi_anomaly.detectors.protocol import TileSource
 from wsi_anomaly.detectors.sampling import even_sample
 from wsi_anomaly.detectors.score_norms import ScoreNorms, levels_of
 from wsi_anomaly.detectors.training import fit_identity
@@ -103,7 +101,7 @@ class Msma(Options):
         save_density(fit_density(self.density, vectors, seed=seed), checkpoint)
         write_note(checkpoint, "msma", identity=identity, **made_of)
 
-    def load(self, checkpoint: Path, *, device: str) -> "MsmaScorer":
+    def load(self, checkpoint: Path, *, device: str) -> NormScorer:
         """The scorer that `fit` left in `checkpoint`, on the base that it was fitted with.
 
         Raises:
@@ -127,7 +125,7 @@ class Msma(Options):
                 f"{checkpoint}: holds the density '{density.name}', and the options ask for '{self.density}'. Use the "
                 "options that the model was fitted with, or fit it again."
             )
-        return MsmaScorer(self._norms(checkpoint, place), density)
+        return NormScorer(self._norms(checkpoint, place), density)
 
     def _parts(self, tiles: TileSource) -> tuple[SomeTiles, SomeTiles]:
         """Tiles for the network and tiles for the density; a public base has seen none of them."""
@@ -170,25 +168,6 @@ class Msma(Options):
         if self.network == "pixel":
             return load_pixel_base(self._base_place(), offline=self._offline)[1]
         return digest(self._base_place(), offline=self._offline)
-
-
-@dataclass(frozen=True, slots=True)
-class MsmaScorer:
-    """A fitted network or base, and the density. The scores of a tile do not depend on the other tiles of its batch."""
-
-    norms: ScoreNorms
-    density: Density
-
-    def score(self, batch: TileBatch) -> Float32[np.ndarray, "tile 1"]:
-        """-log p of the tile's amounts of noise, or their distance from normal ones."""
-        return self.scores_and_vectors(batch)[0]
-
-    def scores_and_vectors(
-        self, batch: TileBatch
-    ) -> tuple[Float32[np.ndarray, "tile 1"], Float32[np.ndarray, "tile level"]]:
-        """With the norm sigma * ||score|| of each tile, from the strongest noise to the weakest."""
-        vectors = self.norms.vectors(batch)
-        return self.density.anomaly(vectors)[:, None], vectors
 
 
 _LEVELS = "nearest timesteps"

@@ -13,12 +13,13 @@ from jaxtyping import Float32
 from pydantic import Field, PositiveInt, field_validator
 from torch.nn.functional import interpolate
 
-from wsi_anomaly.detectors.density import Density, fit_density, load_density, require_items, save_density
+from wsi_anomaly.detectors.density import fit_density, load_density, require_items, save_density
 from wsi_anomaly.detectors.diffusion.pixel import PixelDiffusion
 from wsi_anomaly.detectors.flow import MOST_STEPS
 from wsi_anomaly.detectors.grad_cam import grad_cams
 from wsi_anomaly.detectors.ncsn import NcsnOptions, fit_ncsn, load_ncsn
 from wsi_anomaly.detectors.norm_fits import SomeTiles, gathered, held_out_tiles, is_noted, read_note, write_note
+from wsi_anomaly.detectors.norm_scorer import NormScorer
 from wsi_anomaly.detectors.protocol import TileBatch, TileSource
 from wsi_anomaly.detectors.residuals import tile_means
 from wsi_anomaly.detectors.score_norms import Maps, ScoreNorms, norms_of
@@ -183,23 +184,10 @@ class SpatialMsmaScorer:
 
 
 @dataclass(frozen=True, slots=True)
-class CamScorer:
+class CamScorer(NormScorer):
     """A fitted network and mixture. The scores of a tile do not depend on the other tiles of its batch."""
 
-    norms: ScoreNorms
-    density: Density
     map_meaning: ClassVar[str] = "Map: Grad-CAM of the score, what of it comes from where in this tile"
-
-    def score(self, batch: TileBatch) -> Float32[np.ndarray, "tile 1"]:
-        """-log p of the amounts of noise in each whole tile."""
-        return self.scores_and_vectors(batch)[0]
-
-    def scores_and_vectors(
-        self, batch: TileBatch
-    ) -> tuple[Float32[np.ndarray, "tile 1"], Float32[np.ndarray, "tile level"]]:
-        """With the norm sigma * ||score|| of each whole tile, from the strongest noise to the weakest."""
-        vectors = self.norms.vectors(batch)
-        return self.density.anomaly(vectors)[:, None], vectors
 
     def score_map(self, batch: TileBatch) -> Float32[np.ndarray, "tile y x"]:
         """Grad-CAM of the score: what of it comes from where, on a scale of its own for each tile."""
